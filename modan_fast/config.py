@@ -1,0 +1,178 @@
+"""The settings of each command as frozen dataclasses, and the named recipes: complete settings by method."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from shard_builder.settings import InputError, option
+
+Method = Literal["mulsupcon"]
+Recipe = Literal["paper", "released-code"]
+Stem = Literal["3x3", "7x7"]
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "fp16", "bf16"]
+Renderer = Literal["auto", "dali", "torch"]
+Tier = Literal["auto", "gpu", "host"]
+Protocol = Literal["finetune", "probe"]
+
+
+def at_least(name: str, value: float, least: float, why: str = "") -> None:
+    """Raise `InputError` where the setting is smaller than it may be."""
+    if value < least:
+        raise InputError(
+            f"--{name.replace('_', '-')} must be at least {least}{why and f' ({why})'}, got {value}"
+        )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The distribution of a view, as torchvision's transforms define it; `augment` samples it.
+
+    Saturation, hue and RandomGrayscale change nothing on one channel and have no setting here.
+    """
+
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the canvas that a crop covers
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of a crop
+    flip: float = 0.5  # probability of a horizontal flip
+    jitter: float = 0.8  # probability that brightness and contrast change
+    brightness: float = 0.4  # factors are uniform in 1 ± this
+    contrast: float = 0.4
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of `modan-fast pretrain`. The defaults are the recipe `paper` of `mulsupcon`.
+
+    A field marked `recipe` is set by the recipe unless the user names a value. `None` stands for what only
+    the shard set or the machine can tell; a run's `config.json` holds the values that it resolved to.
+    """
+
+    method: Method = option("mulsupcon", "Pretraining method.")
+    recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
+    shards: Path = option(Path("shards"), "Shard set to train on, as `modan-fast shard` writes it.")
+    out: Path | None = option(None, "Run folder to write; runs/METHOD by default.")
+    epochs: int = option(1000, "Epochs to train.", recipe=True)
+    batch_size: int = option(256, "Images a step; each gives two views.", recipe=True)
+    image_size: int | None = option(None, "Side of a view in pixels; the shard set's canvas by default.")
+    stem: Stem = option("3x3", "First convolution: 3x3 stride 1, or 7x7 stride 2.", recipe=True)
+    temperature: float = option(0.07, "Softmax temperature; lower is sharper.", recipe=True)
+    threshold: float = option(0.3, "Smallest Jaccard similarity of a positive pair.", recipe=True)
+    lr: float = option(0.05, "Learning rate after the warm-up.", recipe=True)
+    momentum: float = option(0.9, "Momentum of SGD.", recipe=True)
+    weight_decay: float = option(1e-4, "Weight decay.", recipe=True)
+    warmup_epochs: int = option(3, "Epochs in which the learning rate rises linearly from 0.01.", recipe=True)
+    warmup_from: float = option(0.01, "Learning rate at the first step.", hidden=True)
+    milestones: tuple[int, ...] = option((700, 800, 900), "Epochs after which lr drops tenfold.", hidden=True)
+    drop_last: bool = option(True, "Leave out an epoch's last batch where it is not full.", recipe=True)
+    augmentation: Augmentation = option(Augmentation(), "Distribution of the views.", hidden=True)
+    seed: int = option(0, "Seed of weights, sample order and views.")
+    device: Device = option("auto", "Where to train; a GPU if there is one.")
+    precision: Precision = option(
+        "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
+    )
+    compile: bool | None = option(None, "Compile model and loss with torch.compile; by default on GPUs only.")
+    renderer: Renderer = option("auto", "What makes the views: DALI where it is installed, else torch.")
+    store: Tier = option("auto", "Where decoded pixels are kept; the GPU if they fit, else host memory.")
+    threads: int | None = option(None, "CPU threads that decode and render; all cores by default.")
+    checkpoint_every: int = option(10, "Epochs between two checkpoints.")
+
+    def __post_init__(self) -> None:
+        at_least("epochs", self.epochs, 1)
+        at_least("batch_size", self.batch_size, 2, "a contrast needs a negative")
+        at_least("warmup_epochs", self.warmup_epochs, 0)
+        at_least("checkpoint_every", self.checkpoint_every, 1)
+        at_least("seed", self.seed, 0)
+        if self.image_size is not None:
+            at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
+        if self.threads is not None:
+            at_least("threads", self.threads, 1)
+        if not self.temperature > 0:
+            raise InputError(f"--temperature must be above 0, got {self.temperature}")
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"--threshold must be above 0 and at most 1, got {self.threshold}")
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.out or Path("runs") / self.method
+
+
+RECIPES: dict[tuple[Method, Recipe], PretrainConfig] = {
+    ("mulsupcon", "paper"): PretrainConfig(),
+    ("mulsupcon", "released-code"): PretrainConfig(
+        recipe="released-code",
+        stem="7x7",
+        drop_last=False,
+        augmentation=Augmentation(scale=(0.08, 1.0)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training."""
+
+    task: Path = option(Path("task"), "Task folder: images and dataframe/*_{train,val,test}_fold{1..5}.csv.")
+    init: tuple[str, ...] = option(
+        (), "Encoder to judge: a run folder, an encoder file, or scratch. Repeatable."
+    )
+    protocol: tuple[Protocol, ...] = option(("finetune", "probe"), "Protocol; both by default. Repeatable.")
+    recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
+    out: Path = option(Path("results"), "Results folder to write.")
+    repeats: int = option(10, "How often all folds are trained anew.")
+    epochs: int = option(10, "Epochs of each training.")
+    batch_size: int = option(32, "Images a step.")
+    image_size: int = option(224, "Side of an image in pixels.")
+    lr: float = option(1e-4, "Learning rate of Adam; divided by ten after every five epochs.")
+    stem: Stem = option("3x3", "First convolution of `scratch`.", recipe=True)
+    seed: int = option(0, "Seed of initial weights and batch order.")
+    device: Device = option("auto", "Where to train; a GPU if there is one.")
+    precision: Precision = option(
+        "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "epochs", "batch_size"):
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
+        if not self.init:
+            raise InputError("no encoder to judge: name one or more with --init RUN_FOLDER or --init scratch")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """The settings as JSON values: paths become strings, tuples lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(each) for each in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return dict(plain(asdict(config)))
+
+
+Config = TypeVar("Config")
+
+
+def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The inverse of `to_json`; raises `InputError` for a setting that `kind` does not have."""
+
+    def typed(wanted: Any, value: Any) -> Any:
+        if isinstance(wanted, types.UnionType):
+            return None if value is None else typed(wanted.__args__[0], value)
+        if is_dataclass(wanted):
+            return from_json(wanted, value)  # type: ignore[arg-type]
+        if wanted is Path:
+            return Path(value)
+        return tuple(value) if isinstance(value, list) else value
+
+    kinds = typing.get_type_hints(kind)
+    if unknown := sorted(set(values) - set(kinds)):
+        raise InputError(f"unknown setting {unknown[0]}: it was written by another version of modan-fast")
+    return kind(**{name: typed(kinds[name], value) for name, value in values.items()})

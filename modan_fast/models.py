@@ -1,0 +1,68 @@
+"""The encoder, its stem, and the head that pretraining puts on it.
+
+N images, C channels, H x W pixels, F = 512 features, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet, resnet18
+
+from modan_fast.config import Stem
+
+FEATURES = 512
+
+
+def encoder(stem: Stem = "3x3", channels: int = 1) -> ResNet:
+    """A ResNet-18 that maps images (N, C, H, W) to features (N, 512): torchvision's, with `fc` the identity.
+
+    `stem` is its first convolution: `7x7` with stride 2 as torchvision builds it, `3x3` with stride 1 as the
+    paper has it. The rest, max-pool included, is unchanged. Weights are drawn from torch's global generator.
+    """
+    network = resnet18(weights=None)
+    kernel, stride = (3, 1) if stem == "3x3" else (7, 2)
+    network.conv1 = nn.Conv2d(channels, 64, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.fc = nn.Identity()
+    return network
+
+
+def stem_of(conv1_weight: Tensor) -> Stem | None:
+    """The stem that has a first convolution of this weight, or None for that of another architecture."""
+    kernels: dict[tuple[int, ...], Stem] = {(3, 3): "3x3", (7, 7): "7x7"}
+    return kernels.get(tuple(conv1_weight.shape[2:]))
+
+
+class Pretrainee(nn.Module):
+    """An encoder with its pretraining head: views (N, C, H, W) to embeddings (N, D).
+
+    MulSupCon has no projection head: its embedding is the 1000-d output of the ResNet's own `fc`.
+    """
+
+    def __init__(self, stem: Stem = "3x3", channels: int = 1) -> None:
+        super().__init__()
+        self.encoder = encoder(stem, channels)
+        self.head = nn.Linear(FEATURES, 1000)
+
+    def forward(self, views: Tensor) -> Tensor:
+        embeddings: Tensor = self.head(self.encoder(views))
+        return embeddings
+
+
+def compute_type(precision: str, device: torch.device) -> torch.dtype:
+    """The type that `precision` names; `auto` is bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."""
+    named = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision != "auto":
+        return named[precision]
+    if device.type != "cuda":
+        return torch.float32  # bf16 is emulated on most CPUs, and far slower
+    # Asked without emulation, because torch reports bf16 for GPUs that only emulate it.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` stands for; `auto` is the GPU where torch can use one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
