@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,9 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet
 
-from modan_fast import models
+from modan_fast import __version__, models
+from modan_fast.config import MAY_CHANGE_ON_RESUME, PretrainConfig, from_json, to_json
+from modan_fast.shards import ShardSet
 from shard_builder.settings import InputError
 
 
@@ -38,27 +44,131 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda at: at.write_text(text, encoding="utf-8"))
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write all that resuming needs; tensors, numbers, strings and containers of them."""
-    write_atomically(path, lambda at: torch.save(dict(state), at))
+def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, overwrite: bool) -> bool:
+    """Whether `config.run` holds this very run, finished.
 
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, on the CPU. Raises `InputError` where it is missing or damaged."""
+    Raises `InputError` where it holds anything else and neither `resume` nor `overwrite` says what is to be
+    done with it, and where a run cannot be resumed.
+    """
+    run, path = config.run, config.run / "config.json"
+    if resume and overwrite:
+        raise InputError("--resume continues a run and --overwrite replaces it: pass one of them")
     if not path.exists():
-        raise InputError(f"no checkpoint at {path}: start the run without --resume")
+        if resume:
+            raise InputError(f"no run to resume at {run}: leave out --resume to start one")
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise InputError(f"{run} exists and is no run folder: name another one with --out")
+        return False
+    if overwrite:
+        return False
+    written = _read_json(path)
+    if resume and written["shards"]["fingerprint"] != shards.fingerprint:
+        raise InputError(
+            f"{shards.folder} is not the shard set that {run} was started with: name that one with --shards"
+        )
+    same = written["settings"] == to_json(config) and written["shards"]["fingerprint"] == shards.fingerprint
+    done = finished_epochs(run)
+    if done >= config.epochs and (resume or same):
+        return True
+    if resume:
+        return False
+    raise InputError(
+        f"{run} holds a run of {'the same' if same else 'other'} settings ({done} of "
+        f"{written['settings']['epochs']} epochs saved): --resume continues it, --overwrite replaces it"
+    )
+
+
+def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of the run in `run`, changed by those of `given` that may change.
+
+    Raises `InputError` where there is no run, or where another setting is given a new value.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        raise InputError(f"no run to resume at {run}: leave out --resume to start one")
+    config = from_json(PretrainConfig, _read_json(path)["settings"])
+    for name, value in given.items():
+        if name not in MAY_CHANGE_ON_RESUME and value != getattr(config, name):
+            raise InputError(
+                f"{run} was started with --{name.replace('_', '-')} {getattr(config, name)}, not {value}: a "
+                "resumed run keeps its settings"
+            )
+    return replace(config, **given)
+
+
+def begin(config: PretrainConfig, shards: ShardSet, *, resumed_at: int | None) -> None:
+    """Write `config.json`; cut the log back to the `resumed_at` epochs of the checkpoint, or clear the folder."""
+    run = config.run
+    run.mkdir(parents=True, exist_ok=True)
+    log = run / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    if resumed_at is None:
+        for path in (run / "checkpoint.pt", *run.glob("encoder*.safetensors")):
+            path.unlink(missing_ok=True)
+    write_atomically(log, lambda at: at.write_text("".join(lines[: resumed_at or 0]), encoding="utf-8"))
+    manifest = shards.manifest
+    content = {
+        "settings": to_json(config),
+        "preprocessing": {"image_size": config.image_size, "channels": 1, "mean": 0.0, "std": 1.0},
+        "shards": {
+            "fingerprint": shards.fingerprint,
+            "samples": manifest.samples,
+            "fields": manifest.fields,
+            "classes": len(manifest.classes),
+        },
+        "versions": versions(),
+    }
+    write_json(run / "config.json", content)
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that a result depends on."""
+    found = {"modan_fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "nvidia-dali-cuda120", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def append_log(run: Path, entry: Mapping[str, Any]) -> None:
+    """Add an epoch's line to the run's log."""
+    with (run / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(entry) + "\n")
+
+
+def save(run: Path, state: Mapping[str, Any], encoder: ResNet, config: PretrainConfig) -> None:
+    """Write a run's state (tensors, numbers, strings and containers of them) and its encoder."""
+    write_atomically(run / "checkpoint.pt", lambda at: torch.save(dict(state), at))
+    save_encoder(run / "encoder.safetensors", encoder, config, epoch=state["epoch"])
+
+
+def load(run: Path) -> dict[str, Any]:
+    """The state that `save` wrote, on the CPU. Raises `InputError` where it is missing or damaged."""
+    path = run / "checkpoint.pt"
+    if not path.exists():
+        raise InputError(f"{run} has no checkpoint yet: --overwrite starts it anew")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler or its zip reader meets
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} is no readable checkpoint ({reason}): restore it, or start anew") from error
+        raise InputError(f"{path} is no readable checkpoint ({reason}): --overwrite starts anew") from error
     return state
 
 
-def save_encoder(path: Path, encoder: ResNet, metadata: Mapping[str, str]) -> None:
+def save_encoder(path: Path, encoder: ResNet, config: PretrainConfig, *, epoch: int) -> None:
     """Write the backbone as safetensors under torchvision's key names, without `fc`."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-    write_atomically(path, lambda at: safetensors.torch.save_file(tensors, at, dict(metadata)))
+    metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe, "stem": config.stem}
+    write_atomically(path, lambda at: safetensors.torch.save_file(tensors, at, metadata))
+
+
+def finished_epochs(run: Path) -> int:
+    """Epochs of training that a run's encoder has seen; 0 where there is none."""
+    path = run / "encoder.safetensors"
+    if not path.exists():
+        return 0
+    with safetensors.safe_open(path, "pt") as file:
+        return int(file.metadata()["epoch"])
 
 
 def load_encoder(source: Path) -> ResNet:
@@ -82,12 +192,15 @@ def load_encoder(source: Path) -> ResNet:
         have, want = tensors.get(key), wanted.get(key)
         if have is None or want is None or have.shape != want.shape:
             found = (
-                "lacks"
-                if have is None
-                else "has an extra"
-                if want is None
-                else f"has {tuple(have.shape)} for"
+                "lacks" if have is None else "has an extra" if want is None else f"has {tuple(have.shape)} for"
             )
             raise InputError(f"{path} is no ResNet-18: it {found} {key}")
     encoder.load_state_dict(tensors)
     return encoder
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): restore it, or start anew with --overwrite") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,9 +24,7 @@ Protocol = Literal["finetune", "probe"]
 def at_least(name: str, value: float, least: float, why: str = "") -> None:
     """Raise `InputError` where the setting is smaller than it may be."""
     if value < least:
-        raise InputError(
-            f"--{name.replace('_', '-')} must be at least {least}{why and f' ({why})'}, got {value}"
-        )
+        raise InputError(f"--{name.replace('_', '-')} must be at least {least}{why and f' ({why})'}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class PretrainConfig:
     warmup_epochs: int = option(3, "Epochs in which the learning rate rises linearly from 0.01.", recipe=True)
     warmup_from: float = option(0.01, "Learning rate at the first step.", hidden=True)
     milestones: tuple[int, ...] = option((700, 800, 900), "Epochs after which lr drops tenfold.", hidden=True)
+    keep: tuple[int, ...] = option((), "Epochs after which the encoder is kept beside the last.", hidden=True)
     drop_last: bool = option(True, "Leave out an epoch's last batch where it is not full.", recipe=True)
     augmentation: Augmentation = option(Augmentation(), "Distribution of the views.", hidden=True)
     seed: int = option(0, "Seed of weights, sample order and views.")
@@ -106,10 +106,22 @@ RECIPES: dict[tuple[Method, Recipe], PretrainConfig] = {
     ("mulsupcon", "released-code"): PretrainConfig(
         recipe="released-code",
         stem="7x7",
+        keep=(200,),
         drop_last=False,
         augmentation=Augmentation(scale=(0.08, 1.0)),
     ),
 }
+
+# What a resumed run may be given anew: where things are and how they are computed, not what is computed.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"shards", "out", "epochs", "device", "compile", "renderer", "store", "threads", "checkpoint_every"}
+)
+
+
+def pretrain_config(given: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of the recipe that `given` names, or of the default one, changed as `given` says."""
+    recipe = RECIPES[given.get("method", "mulsupcon"), given.get("recipe", "paper")]
+    return replace(recipe, **given)
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,7 @@ class EvaluateConfig:
     """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training."""
 
     task: Path = option(Path("task"), "Task folder: images and dataframe/*_{train,val,test}_fold{1..5}.csv.")
-    init: tuple[str, ...] = option(
-        (), "Encoder to judge: a run folder, an encoder file, or scratch. Repeatable."
-    )
+    init: tuple[str, ...] = option((), "Encoder to judge: a run folder, an encoder file, or scratch. Repeatable.")
     protocol: tuple[Protocol, ...] = option(("finetune", "probe"), "Protocol; both by default. Repeatable.")
     recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
     out: Path = option(Path("results"), "Results folder to write.")
@@ -128,7 +138,8 @@ class EvaluateConfig:
     batch_size: int = option(32, "Images a step.")
     image_size: int = option(224, "Side of an image in pixels.")
     lr: float = option(1e-4, "Learning rate of Adam; divided by ten after every five epochs.")
-    stem: Stem = option("3x3", "First convolution of `scratch`.", recipe=True)
+    probe_lr: float | None = option(None, "The same of the probe; by default lr, or 1e-3 in released-code.")
+    stem: Stem | None = option(None, "First convolution of `scratch`; the recipe's by default.")
     seed: int = option(0, "Seed of initial weights and batch order.")
     device: Device = option("auto", "Where to train; a GPU if there is one.")
     precision: Precision = option(
@@ -136,12 +147,26 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "epochs", "batch_size"):
+        for name in ("repeats", "epochs"):
             at_least(name, getattr(self, name), 1)
+        at_least("batch_size", self.batch_size, 2, "batch-norm needs two images")
         at_least("seed", self.seed, 0)
         at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
+        for name in ("lr", "probe_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise InputError(f"--{name.replace('_', '-')} must be above 0, got {rate}")
         if not self.init:
             raise InputError("no encoder to judge: name one or more with --init RUN_FOLDER or --init scratch")
+
+    def resolved(self) -> EvaluateConfig:
+        """The same settings with the recipe's values in place of `None`."""
+        paper = self.recipe == "paper"
+        return replace(
+            self,
+            probe_lr=self.probe_lr or (self.lr if paper else 1e-3),
+            stem=self.stem or ("3x3" if paper else "7x7"),
+        )
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -21,3 +22,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 def silent(stage: str, done: int, total: int, note: str = "") -> None:
     """The `Report` that shows nothing."""
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,104 @@
+"""The order of the samples and the parameters of a view: pure functions of (seed, epoch, sample, view).
+
+Every random number is one word of a counter-based generator, so it depends on nothing but its own coordinates:
+neither on threads, ranks and batches, nor on what was drawn before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modan_fast.config import Augmentation
+
+UInt32s = NDArray[np.uint32]
+
+ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
+# Words of a view's stream. A new parameter takes new words, so that older ones keep their values.
+CROP, POSITION, FLIP, JITTER, BRIGHTNESS, CONTRAST = 0, 20, 22, 23, 24, 25
+WORDS = 28
+ORDER_STREAM = 2**32 - 1  # stands where views have their number
+
+
+def philox(counter: tuple[UInt32s, ...], key: tuple[int, int]) -> UInt32s:
+    """Philox4x32-10 (Salmon et al. 2011): four counter words, broadcast to shape S, to random words (*S, 4)."""
+    c0, c1, c2, c3 = (word.astype(np.uint64) for word in np.broadcast_arrays(*counter))
+    k0, k1 = key
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            product1 & low,
+            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            product0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def random_words(seed: int, epoch: int, ids: NDArray[np.int64], stream: int, words: int) -> UInt32s:
+    """Random 32-bit words (N, words) of N samples; `words` is a multiple of 4."""
+    counter = (np.arange(words // 4), np.array(stream), ids[:, None], np.array(epoch))
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    return philox(tuple(word.astype(np.uint32) for word in counter), key).reshape(len(ids), words)
+
+
+def sample_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    """The sample ids 0 … samples - 1 in the order of an epoch."""
+    words = random_words(seed, epoch, np.arange(samples), ORDER_STREAM, 4).astype(np.uint64)
+    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What is done to N images to make a view of each, in this order: crop, resize, flip, brightness, contrast.
+
+    `box` (N, 4) int32: top, left, height, width, in pixels of the canvas. `flip` (N,) bool: mirrored left to
+    right. `brightness`, `contrast` (N,) float32: factors as torchvision's; 1 changes nothing.
+    """
+
+    box: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+    brightness: NDArray[np.float32]
+    contrast: NDArray[np.float32]
+
+
+def view_parameters(
+    augmentation: Augmentation, seed: int, epoch: int, ids: NDArray[np.int64], view: int, canvas: int
+) -> ViewParameters:
+    """The parameters of view 0 or 1 of the samples `ids` (N,), on a canvas of canvas x canvas pixels.
+
+    Boxes are distributed as those of torchvision's RandomResizedCrop, factors as those of its ColorJitter.
+    """
+    uniform = (random_words(seed, epoch, ids, view, WORDS) + 0.5) / 2**32  # in (0, 1), float64
+    attempts = uniform[:, CROP : CROP + 2 * ATTEMPTS].reshape(len(ids), ATTEMPTS, 2)
+    area = canvas**2 * _between(augmentation.scale, attempts[..., 0])
+    ratio = np.exp(_between((np.log(augmentation.ratio[0]), np.log(augmentation.ratio[1])), attempts[..., 1]))
+    height, width = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
+    fits = (height >= 1) & (width >= 1) & (height <= canvas) & (width <= canvas)
+    first = fits.argmax(1)[:, None]
+    # Where no attempt fits, the whole canvas, as torchvision does where its ratio is allowed.
+    height = np.where(fits.any(1), np.take_along_axis(height, first, 1)[:, 0], canvas)
+    width = np.where(fits.any(1), np.take_along_axis(width, first, 1)[:, 0], canvas)
+    top = np.floor(uniform[:, POSITION] * (canvas - height + 1))
+    left = np.floor(uniform[:, POSITION + 1] * (canvas - width + 1))
+
+    jitter = uniform[:, JITTER] < augmentation.jitter
+
+    def factor(strength: float, word: int) -> NDArray[np.float32]:
+        drawn = _between((max(0.0, 1 - strength), 1 + strength), uniform[:, word])
+        return np.where(jitter, drawn, 1).astype(np.float32)
+
+    return ViewParameters(
+        box=np.stack([top, left, height, width], axis=1).astype(np.int32),
+        flip=uniform[:, FLIP] < augmentation.flip,
+        brightness=factor(augmentation.brightness, BRIGHTNESS),
+        contrast=factor(augmentation.contrast, CONTRAST),
+    )
+
+
+def _between(bounds: tuple[float, float], uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    return bounds[0] + (bounds[1] - bounds[0]) * uniform

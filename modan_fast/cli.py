@@ -1,0 +1,271 @@
+"""The command line: options made from the settings, progress on the screen, errors as one line.
+
+Exit codes: 0 done; 1 it ran and found something wrong; 2 wrong use or bad input; 130 interrupted, state saved.
+Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import logging
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from modan_fast import __version__, config
+from shard_builder.build import BuildOptions
+from shard_builder.settings import InputError, Report
+
+app = typer.Typer(
+    name="modan-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: its panels leave no room for the text on a usual terminal
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+screen = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command that `sys.argv` names and exit with its code."""
+    debug = "--debug" in sys.argv  # anywhere, also behind the command
+    try:
+        sys.exit(app([each for each in sys.argv[1:] if each != "--debug"], standalone_mode=False))
+    except (InputError, OSError, typer.TyperException, FloatingPointError) as error:
+        if debug:
+            raise
+        usage = isinstance(error, typer.TyperException)
+        message = error.format_message() + " (--help tells more)" if usage else str(error)
+        print(f"modan-fast: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+
+
+def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a command an option for each field of the dataclass `settings`, in front of those that it declares.
+
+    An option's help, type and default are the field's. The command gets only what the user named, as `given`.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        kinds = typing.get_type_hints(settings)
+        options = []
+        for field in fields(settings):
+            if field.name in skip or field.metadata.get("hidden"):
+                continue
+            kind = kinds[field.name]
+            if typing.get_origin(kind) is tuple:
+                kind = list[_choice(typing.get_args(kind)[0])]  # type: ignore[misc]
+            option = typer.Option(help=field.metadata["help"] + _default_note(field), show_default=False)
+            options.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[kind | None, option],
+                )
+            )
+        names = {option.name for option in options}
+
+        def called(**arguments: Any) -> Any:
+            given = {name: arguments.pop(name) for name in names}
+            given = {
+                name: tuple(map(str, value)) if isinstance(value, list) else value
+                for name, value in given.items()
+                if value is not None and value != []
+            }
+            return command(given=given, **arguments)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.name != "given"]
+        wrapped: Any = called
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        wrapped.__signature__ = inspect.Signature(
+            [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters] + options
+        )
+        wrapped.__annotations__ = {each.name: each.annotation for each in [*parameters, *options]}
+        return called
+
+    return decorate
+
+
+def _default_note(field: Field[Any]) -> str:
+    """What the help says of a default; the command itself is told only what the user named."""
+    if field.default in (None, ()) or isinstance(field.default, bool):
+        value = {True: "on", False: "off"}.get(field.default, "")
+    else:
+        value = str(field.default)
+    if not value:
+        return ""
+    return f"  [default: {value}{', by the recipe' if field.metadata.get('recipe') else ''}]"
+
+
+def _choice(kind: Any) -> Any:
+    """An enumeration in place of a Literal, which typer does not take inside a list."""
+    if typing.get_origin(kind) is not typing.Literal:
+        return kind
+    return enum.StrEnum("Choice", {value: value for value in typing.get_args(kind)})
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A `Report` that draws a bar for each stage on a terminal, and else prints a line now and then."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    stages: dict[str, Any] = {}
+    printed: dict[str, float] = {}
+
+    def draw(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage not in stages:
+            # What a resumed run had done before says nothing about its speed.
+            stages[stage] = bars.add_task(stage, total=total, completed=done, note=note)
+        bars.update(stages[stage], total=total, completed=done, note=note)
+
+    def write(stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        first_seen, first_done = stages.setdefault(stage, (now, done))
+        if now - printed.get(stage, first_seen) < 30 and done < total:
+            return
+        printed[stage] = now
+        left = (now - first_seen) / max(done - first_done, 1) * (total - done)
+        ending = f"eta {left:.0f} s" if done < total else f"{now - first_seen:.1f} s"
+        print(f"{stage} {done}/{total}, {ending}  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    if screen.is_terminal:
+        with Progress(*columns, console=screen) as bars:
+            yield draw
+    else:
+        yield write
+
+
+def show_messages() -> None:
+    """Show the package's own messages, and others' warnings, on the screen."""
+    handler = RichHandler(console=screen, show_time=False, show_path=False, show_level=screen.is_terminal)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("modan_fast").setLevel(logging.INFO)
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+
+
+def print_version(wanted: bool) -> None:
+    """The option --version."""
+    if wanted:
+        print(f"modan-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def modan_fast(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error arose.")] = False,
+) -> None:
+    """Pretrain medical-image encoders from modality and anatomy, and judge them as the paper does.
+
+    The way: modan-fast shard ARCHIVE, then modan-fast pretrain, then modan-fast evaluate.
+    """
+    show_messages()
+
+
+@app.command()
+@options_of(BuildOptions)
+def shard(
+    source: Annotated[Path, typer.Argument(help="Image archive: MODALITY/anatomy/class/*.png, or RadImageNet.")],
+    given: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder to write the shard set to.")] = Path("shards"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Pack an archive of images and their labels into WebDataset tar shards.
+
+    Reads RadImageNet as shipped, or any tree of MODALITY/anatomy/class folders. Takes at most 100 images a
+    class unless --per-class says otherwise (0 for all).
+    """
+    from shard_builder.build import build
+
+    with progress() as report:
+        result = build(source, out, BuildOptions(**given), overwrite=overwrite, report=report)
+    manifest = result.manifest
+    vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
+    what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
+    kept = "" if result.built else " (was there already, with these options, and is left as it is)"
+    print(f"{out}: {what}; labels: {vocabulary}{kept}")
+    for rejected in manifest.rejected[:10]:
+        print(f"left out: {rejected.source}: {rejected.reason}")
+    if len(manifest.rejected) > 10:
+        print(f"left out: {len(manifest.rejected) - 10} more, listed in {out / 'manifest.json'}")
+
+
+@app.command()
+@options_of(config.PretrainConfig)
+def pretrain(
+    given: dict[str, Any],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run, with its own settings.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train an encoder on a shard set.
+
+    Writes a run folder: encoder.safetensors (a torchvision ResNet-18 without fc), checkpoint.pt, config.json
+    and log.jsonl. Ctrl-C saves the state; --resume continues from it.
+    """
+    from modan_fast import checkpoint
+    from modan_fast.pretrain import pretrain as train
+
+    settings = config.pretrain_config({} if resume else given)
+    if resume:
+        settings = checkpoint.resumed_config(config.pretrain_config(given).run, given)
+    try:
+        with progress() as report:
+            run = train(settings, resume=resume, overwrite=overwrite, report=report)
+    except KeyboardInterrupt:
+        print(f"modan-fast: stopped; {settings.run} is saved, --resume continues it", file=sys.stderr)
+        raise
+    print(f"{run / 'encoder.safetensors'}: epoch {checkpoint.finished_epochs(run)}")
+
+
+@app.command()
+@options_of(config.EvaluateConfig)
+def evaluate(given: dict[str, Any]) -> None:
+    """Fine-tune and probe encoders on a downstream task and print their AUCs.
+
+    The task is a folder with images and the fold files that RadImageNet publishes. Stopped, the same command
+    continues where it was.
+    """
+    from modan_fast.downstream.evaluate import evaluate as judge
+    from modan_fast.downstream.statistics import auc_table
+
+    settings = config.EvaluateConfig(**given)
+    with progress() as report:
+        predictions = judge(settings, report)
+    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "±", title=str(settings.out))
+    for row in auc_table(predictions):
+        numbers = ("–" if value is None else f"{value:.3f}" for value in (row.mean, row.std))
+        table.add_row(row.task, row.recipe, row.protocol, row.init, str(row.repeats), *numbers)
+    Console().print(table)

@@ -1,0 +1,107 @@
+"""Contrastive losses over two views of each image, from matrix products only.
+
+N images, K label bits, D embedding dimensions, V = 2N views; row i and row i + N of the embeddings are the two
+views of image i. The value is float32 (float64 for float64 input), computed outside autocast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def jaccard(labels: Tensor) -> Tensor:
+    """Jaccard similarity of all pairs of label sets: 0/1 (N, K) to [0, 1] (N, N); 0 between two empty sets."""
+    both_NN = labels @ labels.T
+    count_N = labels.sum(1)
+    either_NN = count_N[:, None] + count_N - both_NN
+    return both_NN / either_NN.clamp(min=1)
+
+
+def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Tensor:
+    """Mean over anchors of the weighted cross-entropy between an anchor's positives and its softmax.
+
+    `weight_NN` holds the weight of a pair of images, 0 for a negative; the other view of an anchor's own image
+    always weighs 1. The sum over an anchor's positives is divided by their count (Eq. 3 of ModAn-MulSupCon;
+    Eq. 2 of Khosla et al. 2020 where all weights are 1).
+    """
+    views = len(embeddings_VD)
+    itself_VV = torch.eye(views, dtype=torch.bool, device=embeddings_VD.device)
+    weight_VV = weight_NN.clone().fill_diagonal_(1).tile(2, 2).masked_fill(itself_VV, 0)
+    z_VD = F.normalize(embeddings_VD, dim=1)
+    logits_VV = z_VD @ z_VD.T / temperature
+    log_total_V = logits_VV.masked_fill(itself_VV, -torch.inf).logsumexp(1)
+    # log softmax summed over the positives, without the -inf that it has at the anchor itself
+    pull_V = (weight_VV * logits_VV).sum(1) - weight_VV.sum(1) * log_total_V
+    return -(pull_V / (weight_VV > 0).sum(1)).mean()
+
+
+def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings in at least float32 and labels in the same type."""
+    if embeddings.ndim != 2 or labels.ndim != 2 or len(embeddings) != 2 * len(labels):
+        raise ValueError(
+            f"embeddings must be (2N, D) and labels (N, K), got {tuple(embeddings.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    return embeddings, labels.to(embeddings.dtype)
+
+
+class MulSupConLoss(nn.Module):
+    """Multi-label supervised contrastive loss, Eq. 3 of ModAn-MulSupCon.
+
+    A pair is positive where the Jaccard similarity of its label sets is at least `threshold`, and counts with
+    that similarity as its weight.
+
+    Call with `embeddings` (2N, D), any scale, floating point, and `labels` (N, K), 0/1; returns a scalar.
+    Raises ValueError where the shapes do not fit.
+    """
+
+    def __init__(self, temperature: float = 0.07, threshold: float = 0.3) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.threshold = threshold
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings_VD, labels_NK = _checked(embeddings, labels)
+            overlap_NN = jaccard(labels_NK)
+            weight_NN = overlap_NN.where(overlap_NN >= self.threshold, 0)
+            return contrast(embeddings_VD, weight_NN, self.temperature)
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss (Khosla et al. 2020, Eq. 2): positives are images with an equal label row.
+
+    Called as `MulSupConLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings_VD, labels_NK = _checked(embeddings, labels)
+            count_N = labels_NK.sum(1)
+            differing_NN = count_N[:, None] + count_N - 2 * labels_NK @ labels_NK.T
+            return contrast(embeddings_VD, (differing_NN == 0).to(labels_NK.dtype), self.temperature)
+
+
+class NTXentLoss(nn.Module):
+    """Normalised temperature-scaled cross-entropy (SimCLR, Chen et al. 2020, Eq. 1): the only positive of a
+    view is the other view of its image.
+
+    Called as `MulSupConLoss`; the labels count the images and are otherwise ignored.
+    """
+
+    def __init__(self, temperature: float = 0.10) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings_VD, labels_NK = _checked(embeddings, labels)
+            nothing_NN = embeddings_VD.new_zeros(len(labels_NK), len(labels_NK))
+            return contrast(embeddings_VD, nothing_NN, self.temperature)

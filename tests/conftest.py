@@ -1,0 +1,50 @@
+"""What several test modules share: a small archive, a shard set made of it, and the real data's folder."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported: on images this small its threads cost more than they bring, most of all when several
+# programs share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shard_builder.build import BuildOptions, build
+
+TREE = ("CT/lung/Nodule", "CT/abd/mass", "MR/brain/glioma", "US/liver")
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory):
+    """A tree of 4 classes with 12 images each; a class has its own texture, so that it can be learnt."""
+    root = tmp_path_factory.mktemp("archive")
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[:48, :48]
+    for number, folder in enumerate(TREE):
+        (root / folder).mkdir(parents=True)
+        for image in range(12):
+            phase, noise = generator.uniform(0, 6), generator.normal(0, 20, (48, 48))
+            wave = np.sin(rows * (0.2 + 0.3 * number) + columns * 0.4 * (number % 2) + phase)
+            pixels = (128 + 80 * wave + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / folder / f"{image:03}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(archive, tmp_path_factory):
+    """The archive as a shard set of 48 images on a canvas of 48 pixels, in several shards."""
+    out = tmp_path_factory.mktemp("sets") / "shards"
+    build(archive, out, BuildOptions(size=48, workers=1, samples_per_shard=20))
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real images that MODAN_TEST_DATA names."""
+    if "MODAN_TEST_DATA" not in os.environ:
+        pytest.skip(
+            "real images are not at hand: set MODAN_TEST_DATA to a folder with radiology/ and downstream/"
+        )
+    return Path(os.environ["MODAN_TEST_DATA"])

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modan_fast import models
+from modan_fast.config import EvaluateConfig, Protocol
+from modan_fast.downstream.finetune import batches, network_for, train
+from modan_fast.downstream.tasks import Cell, Task, decode, read_task
+
+CPU = torch.device("cpu")
+
+
+def config(recipe: str = "paper", **settings: object) -> EvaluateConfig:
+    values = {"init": ("scratch",), "recipe": recipe, "epochs": 1, "batch_size": 8, "stem": "7x7", **settings}
+    return EvaluateConfig(**values).resolved()  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def task(make_task: Callable[..., Path]) -> Task:
+    return read_task(make_task())
+
+
+def encoder_state() -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return models.encoder("7x7").state_dict()
+
+
+def run(task: Task, settings: EvaluateConfig, protocol: Protocol, cell: Cell, network: nn.Sequential) -> Tensor:
+    pixels = torch.from_numpy(decode(task, 32))
+    return train(network, encoder_state(), pixels, task, cell, settings, protocol, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(24, [8, 8, 8]), (25, [8, 8, 9]), (26, [8, 8, 8, 2]), (1, [1]), (9, [9])]
+)
+def test_batches_keep_every_row_and_leave_none_alone(count: int, sizes: list[int]) -> None:
+    parts = batches(torch.arange(count), 8)
+    assert [len(part) for part in parts] == sizes
+    assert torch.cat(parts).tolist() == list(range(count))
+
+
+def test_a_cell_gives_the_same_scores_after_another_cell(task: Task) -> None:
+    settings = config()
+    network = network_for(models.encoder("7x7"), settings, "finetune", CPU)
+    first = run(task, settings, "finetune", Cell(1, 1), network)
+    other = run(task, settings, "finetune", Cell(1, 2), network)
+    assert torch.equal(run(task, settings, "finetune", Cell(1, 1), network), first)
+    assert first.shape == (len(task.folds[0].test),)
+    assert other.shape == (len(task.folds[1].test),)
+
+
+def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -> None:
+    # The labels of the validation images are turned round, so that their loss rises while the task is learnt.
+    fold = task.folds[0]
+    labels = task.labels.copy()
+    labels[fold.val] = 1 - labels[fold.val]
+    task = replace(task, labels=labels)
+    settings = config(epochs=4, lr=1e-3, batch_size=4)
+    network = network_for(models.encoder("7x7"), settings, "finetune", CPU)
+    pixels = torch.from_numpy(decode(task, 32))
+    views, truth = pixels[fold.val].float() / 255, torch.from_numpy(labels[fold.val])
+    seen = []
+
+    def val_loss() -> float:
+        network.eval()
+        with torch.no_grad():
+            return nn.functional.cross_entropy(network(views), truth).item()
+
+    def look(epochs: int) -> None:
+        seen.append(val_loss())
+
+    start = encoder_state()
+    train(network, start, pixels, task, Cell(1, 1), settings, "finetune", torch.float32, look)
+    assert len(seen) == 4
+    assert min(seen) < seen[-1], "the last epoch must not be the best for this test to say anything"
+    assert val_loss() == pytest.approx(min(seen), rel=1e-4)
+
+
+def test_released_code_fine_tunes_the_features_as_512_logits(task: Task) -> None:
+    settings = config("released-code")
+    network = network_for(models.encoder("7x7"), settings, "finetune", CPU)
+    scores = run(task, settings, "finetune", Cell(1, 1), network)
+    pixels = torch.from_numpy(decode(task, 32))[task.folds[0].test].float() / 255
+    with torch.no_grad():
+        logits = network.eval()(pixels)
+    assert logits.shape[1] == 512
+    torch.testing.assert_close(scores, logits.exp()[:, 1] / logits.exp().sum(1), atol=1e-5, rtol=1e-4)
+
+
+def test_released_codes_probe_trains_the_head_and_moves_only_batch_norm_statistics(task: Task) -> None:
+    settings = config("released-code")
+    assert settings.probe_lr == 1e-3
+    network = network_for(models.encoder("7x7"), settings, "probe", CPU)
+    run(task, settings, "probe", Cell(1, 1), network)
+    start = encoder_state()
+    moved = {key for key, value in network[0].state_dict().items() if not torch.equal(value, start[key])}
+    assert moved == {key for key in start if "running" in key or "num_batches" in key}

@@ -1,0 +1,210 @@
+"""The loop: it learns, it resumes exactly, and its run folder is what other programs read."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch.optim.lr_scheduler import LinearLR, MultiStepLR
+
+from modan_fast import pretrain as module
+from modan_fast.checkpoint import finished_epochs, load, load_encoder, resumed_config
+from modan_fast.config import RECIPES, PretrainConfig, from_json, to_json
+from modan_fast.pretrain import lr_at, pretrain, rate_at, wants_compile
+from shard_builder.settings import InputError
+
+
+def settings(shards, out, **changes):
+    """Two seconds' worth of training."""
+    small = {"epochs": 3, "batch_size": 12, "image_size": 32, "stem": "7x7", "warmup_epochs": 0, "lr": 0.02}
+    return PretrainConfig(shards=shards, out=out, device="cpu", threads=2, **{**small, **changes})
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return safetensors.torch.load_file(run / "encoder.safetensors")
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    return pretrain(settings(shards, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def test_the_loss_falls_in_every_epoch(shards, tmp_path):
+    # The whole set is one batch: the value of this loss depends on which labels meet in a batch.
+    run = pretrain(settings(shards, tmp_path / "run", epochs=6, batch_size=48, lr=0.01))
+    losses = [entry["loss"] for entry in logged(run)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_the_log_tells_the_wall_clock_the_speed_and_the_wait_of_each_epoch(finished):
+    for number, entry in enumerate(logged(finished), start=1):
+        assert entry["epoch"] == number
+        assert entry["images_per_second"] == pytest.approx(48 / entry["seconds"], rel=0.05)
+        assert 0 <= entry["wait_share"] <= 1
+
+
+def test_plain_torchvision_loads_the_encoder_with_only_fc_missing(finished):
+    plain = torchvision.models.resnet18()
+    plain.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    missing, unexpected = plain.load_state_dict(weights(finished), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"}
+    assert not unexpected
+    plain.fc = torch.nn.Identity()
+    images = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(plain.eval()(images), load_encoder(finished).eval()(images))
+
+
+def test_the_run_folder_tells_how_it_came_about(finished, shards):
+    written = json.loads((finished / "config.json").read_text())
+    assert from_json(PretrainConfig, written["settings"]) == settings(shards, finished)
+    assert written["preprocessing"] == {"image_size": 32, "channels": 1, "mean": 0.0, "std": 1.0}
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["shards"]["samples"] == 48
+    torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert sorted(path.name for path in finished.iterdir()) == sorted(
+        ["config.json", "log.jsonl", "checkpoint.pt", "encoder.safetensors"]
+    )
+
+
+@pytest.mark.parametrize("at", [2, 4, 7])
+def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_that_was_never_stopped(finished, shards, tmp_path, at):
+    config = settings(shards, tmp_path / "run")
+
+    def stop_at(stage, done, total, note=""):
+        if stage == "pretraining" and done == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # With a look at every step, so that the report comes at every step.
+    looked, module.LOOK_EVERY = module.LOOK_EVERY, 0.0
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config, report=stop_at)
+    finally:
+        module.LOOK_EVERY = looked
+    state = load(tmp_path / "run")
+    assert state["epoch"] * 4 + state["step"] == at
+    pretrain(config, resume=True)
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+    assert [entry["loss"] for entry in logged(tmp_path / "run")] == pytest.approx(
+        [entry["loss"] for entry in logged(finished)], rel=1e-6
+    )
+
+
+def test_a_resumed_run_forgets_log_lines_that_no_checkpoint_holds(finished, shards, tmp_path):
+    config = settings(shards, tmp_path / "run", epochs=2)
+    pretrain(config)
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"epoch": 3, "loss": 99}\n{"epo')
+    pretrain(replace(config, epochs=3), resume=True)
+    assert [entry["epoch"] for entry in logged(tmp_path / "run")] == [1, 2, 3]
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+
+
+def test_a_finished_run_is_left_alone_and_another_is_refused(finished, shards):
+    before = (finished / "encoder.safetensors").stat().st_mtime_ns
+    assert pretrain(settings(shards, finished)) == finished
+    assert pretrain(settings(shards, finished), resume=True) == finished
+    assert (finished / "encoder.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="--resume continues it, --overwrite replaces it"):
+        pretrain(settings(shards, finished, temperature=0.2))
+
+
+def test_overwrite_replaces_a_run(shards, tmp_path):
+    pretrain(settings(shards, tmp_path / "run", epochs=1))
+    pretrain(settings(shards, tmp_path / "run", epochs=1, seed=5), overwrite=True)
+    assert len(logged(tmp_path / "run")) == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["seed"] == 5
+
+
+def test_a_folder_that_is_no_run_is_never_written_to(shards, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is no run folder"):
+        pretrain(settings(shards, tmp_path), overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_keeps_the_runs_settings_but_for_those_of_the_machine(finished):
+    assert resumed_config(finished, {"epochs": 9, "threads": 1}).epochs == 9
+    with pytest.raises(InputError, match=r"--temperature 0\.07, not 0\.5"):
+        resumed_config(finished, {"temperature": 0.5})
+    with pytest.raises(InputError, match="no run to resume"):
+        resumed_config(finished / "elsewhere", {})
+
+
+def test_a_batch_larger_than_the_set_is_refused_before_anything_is_written(shards, tmp_path):
+    with pytest.raises(InputError, match="--batch-size 64 is more than the 48 images"):
+        pretrain(settings(shards, tmp_path / "run", batch_size=64))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_checkpoint(shards, tmp_path):
+    config = settings(shards, tmp_path / "run", epochs=1)
+    pretrain(config)
+    with pytest.raises(FloatingPointError, match="try a smaller --lr"):
+        pretrain(replace(config, epochs=4, lr=1e30), overwrite=True)
+
+
+def test_the_schedule_equals_torchs_linear_warm_up_and_multi_step_decay():
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.05)
+    warm = LinearLR(optimizer, start_factor=0.01 / 0.05, total_iters=30)
+    steps = MultiStepLR(optimizer, [70, 80, 90], 0.1)
+    for step in range(100):
+        ours = lr_at(step, peak=0.05, start=0.01, warmup=30, milestones=[70, 80, 90])
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), step
+        optimizer.step()
+        warm.step()
+        steps.step()
+
+
+def test_milestones_are_absolute_epochs_whatever_the_length_of_the_run():
+    config = PretrainConfig(epochs=1000)
+    rates = {epoch: rate_at(replace(config, epochs=900), epoch * 63, 63) for epoch in (3, 699, 700, 800)}
+    assert rates == pytest.approx({3: 0.05, 699: 0.05, 700: 0.005, 800: 0.0005})
+
+
+def test_every_recipe_survives_its_way_through_json():
+    for (method, recipe), config in RECIPES.items():
+        assert (config.method, config.recipe) == (method, recipe)
+        assert from_json(PretrainConfig, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_without_a_compiler_nothing_is_compiled_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    assert not wants_compile(True, torch.device("cpu"))
+    assert "no C++ compiler" in caplog.text
+    assert not wants_compile(None, torch.device("cpu"))
+
+
+def test_a_damaged_checkpoint_and_foreign_weights_are_named(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "encoder.safetensors"):
+        (run / name).write_bytes((finished / name).read_bytes())
+    (run / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="is no readable checkpoint"):
+        load(run)
+    assert finished_epochs(run) == 3
+    safetensors.torch.save_file({"conv1.weight": torch.zeros(64, 1, 5, 5)}, run / "encoder.safetensors")
+    with pytest.raises(InputError, match="holds no ResNet-18 with a 3x3 or 7x7 stem"):
+        load_encoder(run)
+    other = {key: value for key, value in weights(finished).items() if key != "layer4.1.conv2.weight"}
+    safetensors.torch.save_file(other, run / "encoder.safetensors")
+    with pytest.raises(InputError, match=r"it lacks layer4\.1\.conv2\.weight"):
+        load_encoder(run)

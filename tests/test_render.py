@@ -1,0 +1,127 @@
+"""DALI's views against the torch reference, and the reference against torchvision."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from modan_fast.augment import ViewParameters, view_parameters
+from modan_fast.config import Augmentation
+from modan_fast.render import TorchRenderer, open_renderer, render_view
+from modan_fast.store import dali_installed
+
+needs_dali = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed (Linux only)")
+CPU = torch.device("cpu")
+
+
+def images(count=48, canvas=96, seed=0):
+    """Smooth structure, noise, and a few saturated images: what clamps and what aliases."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 1, 7, 7, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (canvas, canvas), mode="bicubic")[:, 0]
+    noise = 0.1 * torch.randn(count, canvas, canvas, generator=generator)
+    exposure = torch.linspace(0.2, 2.0, count)[:, None, None]
+    return ((smooth + noise) * exposure * 255).clamp(0, 255).to(torch.uint8)
+
+
+def both_views(count, canvas, augmentation=None):
+    augmentation = augmentation or Augmentation()
+    return [view_parameters(augmentation, 11, 2, np.arange(count), view, canvas) for view in (0, 1)]
+
+
+def rendered(name, pixels, views, size, threads=2, batch_size=None):
+    renderer = open_renderer(
+        name, size=size, batch_size=batch_size or len(pixels), device=CPU, dtype=torch.float32, threads=threads
+    )
+    renderer.submit(pixels, views)
+    return renderer.collect()
+
+
+def test_the_reference_equals_torchvisions_functional_operations():
+    pixels = images(16)
+    view = both_views(16, 96)[0]
+    ours = render_view(pixels, view, 64)
+    for number, image in enumerate(pixels[:, None]):
+        top, left, height, width = view.box[number].tolist()
+        theirs = transforms.resized_crop(
+            image.float() / 255, top, left, height, width, [64, 64], InterpolationMode.BILINEAR, antialias=True
+        )
+        theirs = transforms.horizontal_flip(theirs) if view.flip[number] else theirs
+        theirs = transforms.adjust_brightness(theirs, float(view.brightness[number]))
+        theirs = transforms.adjust_contrast(theirs, float(view.contrast[number]))
+        torch.testing.assert_close(ours[number], theirs, rtol=0, atol=2e-6)
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    ("canvas", "size", "largest"), [(96, 96, 3.0), (64, 96, 3.0), (96, 64, 12.0), (224, 64, 25.0)]
+)
+def test_dali_views_equal_the_reference_within_one_grey_level_on_average(canvas, size, largest):
+    # The largest differences lie in the outermost row or column of strongly reduced crops, where DALI repeats
+    # the border and torch leaves it out of the average.
+    pixels, views = images(canvas=canvas), both_views(48, canvas)
+    difference = 255 * (rendered("dali", pixels, views, size) - rendered("torch", pixels, views, size)).abs()
+    assert difference.mean() < 0.5
+    assert difference.mean((1, 2, 3)).max() < 1.0
+    assert difference.max() < largest
+    assert difference[:, :, 1:-1, 1:-1].max() < 6.0
+
+
+@needs_dali
+def test_an_untouched_image_goes_through_dali_unchanged():
+    pixels = images(8, canvas=64)
+    same = ViewParameters(
+        box=np.array([[0, 0, 64, 64]] * 8, np.int32),
+        flip=np.array([False, True] * 4),
+        brightness=np.ones(8, np.float32),
+        contrast=np.ones(8, np.float32),
+    )
+    views = rendered("dali", pixels, [same, same], 64)
+    levels = (views * 255).round().to(torch.uint8)[:8, 0]
+    assert (levels[::2] == pixels[::2]).all()
+    assert (levels[1::2] == pixels[1::2].flip(-1)).all()
+
+
+@needs_dali
+def test_dali_views_do_not_depend_on_threads_or_on_the_batch():
+    pixels, views = images(), both_views(48, 96)
+    whole = rendered("dali", pixels, views, 64)
+    assert torch.equal(whole, rendered("dali", pixels, views, 64, threads=1))
+    part = [ViewParameters(v.box[8:19], v.flip[8:19], v.brightness[8:19], v.contrast[8:19]) for v in views]
+    few = rendered("dali", pixels[8:19], part, 64, batch_size=48)
+    assert torch.equal(few, torch.cat([whole[8:19], whole[56:67]]))
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_views_come_back_in_order_channels_last_and_in_the_compute_type(name):
+    pixels, views = images(), both_views(48, 96)
+    renderer = open_renderer(name, size=64, batch_size=48, device=CPU, dtype=torch.float16, threads=2)
+    expected = []
+    for turn in range(3):
+        shown = pixels.roll(turn, 0)
+        expected.append(rendered(name, shown, views, 64))
+        renderer.submit(shown, views)
+        if turn:  # one batch ahead, as the loader works
+            collected = renderer.collect()
+            torch.testing.assert_close(collected.float(), expected[turn - 1], rtol=0, atol=1e-3)
+    assert collected.dtype == torch.float16
+    assert collected.shape == (96, 1, 64, 64)
+    assert collected.is_contiguous(memory_format=torch.channels_last)
+    assert 0 <= collected.min() <= collected.max() <= 1
+
+
+@pytest.mark.gpu
+@needs_dali
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_dali_on_a_gpu_equals_the_reference(on_gpu):
+    gpu = torch.device("cuda", 0)
+    pixels, views = images(canvas=224), both_views(48, 224)
+    renderer = open_renderer("dali", size=224, batch_size=48, device=gpu, dtype=torch.float32, threads=2)
+    renderer.submit(pixels.to(gpu) if on_gpu else pixels, views)
+    reference = TorchRenderer(224, CPU, torch.float32)
+    reference.submit(pixels, views)
+    difference = 255 * (renderer.collect().cpu() - reference.collect()).abs()
+    assert difference.mean() < 0.5
+    assert difference.max() < 4

@@ -1,0 +1,200 @@
+"""`manifest.json`: what a shard set holds, and whether its files are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from shard_builder.atomic import replacing
+from shard_builder.index import check_index
+from shard_builder.labels import bit_names
+from shard_builder.settings import InputError, Report, silent, usable_cores
+
+FORMAT = 1
+NAME = "manifest.json"
+
+Codec = Literal["png", "jpeg", "raw"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name, how many samples and bytes it has, and the SHA-256 of these bytes."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An image, or a folder, that is in no shard: its path within the source, and a short reason."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a shard set.
+
+    `size` is the side of the square images in pixels; `fields` maps each label field to its sorted vocabulary,
+    in the order of the multi-hot bits; `classes` are sorted, and `.target` members count in them; `options` are
+    those that shape the content.
+    """
+
+    samples: int
+    size: int
+    codec: Codec
+    fields: dict[str, list[str]]
+    classes: list[str]
+    shards: list[Shard]
+    rejected: list[Rejected]
+    options: dict[str, Any]
+    format: int = FORMAT
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the multi-hot bits in order, such as `modality=CT`."""
+        return bit_names(self.fields)
+
+    @property
+    def bits(self) -> int:
+        """The number of multi-hot bits of a sample."""
+        return sum(map(len, self.fields.values()))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest in `folder`; raises `InputError` where there is none or it is malformed."""
+        path = folder / NAME
+        try:
+            found = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            what = f"{folder} holds no {NAME}" if folder.is_dir() else f"no shard set at {folder}"
+            raise InputError(f"{what}: make one with `modan-fast shard SOURCE`") from None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is no JSON ({error}): shard the source again") from None
+        return _from_json(found, path)
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest into `folder`, atomically. Equal manifests give the same bytes."""
+        text = json.dumps({"format": self.format, **asdict(self)}, indent=1) + "\n"
+        with replacing(folder / NAME) as file:
+            file.write(text.encode("ascii"))
+
+    def check_files(self, folder: Path) -> None:
+        """Compare each tar's size and each index with the manifest, without reading the tars.
+
+        Raises `InputError` that names the first shard at fault. DALI would crash on such a set, and not say why.
+        """
+        for shard in self.shards:
+            tar = folder / shard.name
+            index = tar.with_suffix(".idx")
+            try:
+                if (size := tar.stat().st_size) != shard.bytes:
+                    raise InputError(
+                        f"{tar} has {size:,} bytes and not the {shard.bytes:,} of its manifest: it is damaged, "
+                        "copy it anew or shard the source again"
+                    )
+                check_index(index.read_text("ascii"), shard.samples, size)
+            except OSError as error:
+                raise InputError(
+                    f"{error.filename} cannot be read ({error.strerror}): {NAME} lists {shard.name}"
+                ) from None
+            except InputError:
+                raise
+            except ValueError as error:
+                raise InputError(f"{index} does not fit its shard: {error}") from None
+
+    def check_hashes(self, folder: Path, report: Report = silent) -> None:
+        """Compare the SHA-256 of every tar with the manifest; raises `InputError` that names a damaged one."""
+
+        def digest(shard: Shard) -> str:
+            with open(folder / shard.name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            running = {pool.submit(digest, shard): shard for shard in self.shards}
+            try:
+                for done, future in enumerate(as_completed(running), 1):
+                    tar = folder / running[future].name
+                    try:
+                        whole = future.result() == running[future].sha256
+                    except OSError as error:
+                        raise InputError(f"{tar} cannot be read: {error.strerror}") from None
+                    if not whole:
+                        raise InputError(
+                            f"{tar} has another SHA-256 than its manifest: it is damaged, copy it anew or shard "
+                            "the source again"
+                        )
+                    report("checking", done, len(running), "")
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _from_json(found: Any, path: Path) -> Manifest:
+    def need(holds: bool, key: str, what: str) -> None:
+        if not holds:
+            raise InputError(f"{path}: {key} must be {what}: shard the source again")
+
+    def count(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    def texts(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and all(isinstance(each, str) for each in value)
+            and value == sorted(set(value))
+        )
+
+    need(isinstance(found, dict), "all of it", "an object")
+    if (version := found.get("format")) != FORMAT or type(version) is not int:
+        raise InputError(
+            f"{path}: written by format {version}, this version reads {FORMAT}: shard the source again, or use "
+            "the version of modan-fast that wrote it"
+        )
+    get = found.get
+    for key in ("samples", "size"):
+        need(count(get(key)) and get(key) > 0, key, "a positive integer")
+    need(get("codec") in get_args(Codec), "codec", "one of " + ", ".join(get_args(Codec)))
+    fields, shards, rejected = get("fields"), get("shards"), get("rejected")
+    need(
+        isinstance(fields, dict) and all(map(texts, fields.values())), "fields", "sorted lists of texts, by field"
+    )
+    need(texts(get("classes")), "classes", "a sorted list of texts")
+    need(isinstance(get("options"), dict), "options", "an object")
+    for key, value, kind in (("shards", shards, Shard), ("rejected", rejected, Rejected)):
+        names = list(kind.__dataclass_fields__)
+        need(
+            isinstance(value, list) and all(isinstance(each, dict) and set(each) == set(names) for each in value),
+            key,
+            f"a list of objects of {', '.join(names)}",
+        )
+    for each in shards:
+        # A name is joined to a folder: it must not lead out of it.
+        named = isinstance(each["name"], str) and re.fullmatch(r"shard-\d{6,}\.tar", each["name"])
+        need(bool(named), "shards: name", "like shard-000000.tar")
+        need(count(each["samples"]) and each["samples"] > 0, "shards: samples", "a positive integer")
+        need(count(each["bytes"]), "shards: bytes", "a count")
+        hashed = isinstance(each["sha256"], str) and re.fullmatch("[0-9a-f]{64}", each["sha256"])
+        need(bool(hashed), "shards: sha256", "64 hexadecimal digits")
+    for each in rejected:
+        need(all(isinstance(value, str) for value in each.values()), "rejected", "a list of texts")
+    need(sum(each["samples"] for each in shards) == found["samples"], "samples", "the sum of the shards' samples")
+    return Manifest(
+        samples=found["samples"],
+        size=found["size"],
+        codec=found["codec"],
+        fields=fields,
+        classes=found["classes"],
+        shards=[Shard(**each) for each in shards],
+        rejected=[Rejected(**each) for each in rejected],
+        options=found["options"],
+    )
