@@ -56,6 +56,7 @@ def main() -> None:
             raise
         usage = isinstance(error, typer.TyperException)
         message = error.format_message() + " (--help tells more)" if usage else str(error)
+        message = message.replace("Value error, ", "")
         print(f"modan-fast: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
@@ -253,7 +254,7 @@ def pretrain(
 @app.command()
 @options_of(config.EvaluateConfig)
 def evaluate(given: dict[str, Any]) -> None:
-    """Fine-tune and probe encoders on a downstream task and print their AUCs.
+    """Fine-tune and probe encoders on a downstream task, and print their AUCs.
 
     The task is a folder with images and the fold files that RadImageNet publishes. Stopped, the same command
     continues where it was.
@@ -263,9 +264,9 @@ def evaluate(given: dict[str, Any]) -> None:
 
     settings = config.EvaluateConfig(**given)
     with progress() as report:
-        predictions = judge(settings, report)
+        judge(settings, report)
     table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "±", title=str(settings.out))
-    for row in auc_table(predictions):
+    for row in auc_table(settings.out / "predictions.csv"):
         numbers = ("–" if value is None else f"{value:.3f}" for value in (row.mean, row.std))
         table.add_row(row.task, row.recipe, row.protocol, row.init, str(row.repeats), *numbers)
     Console().print(table)

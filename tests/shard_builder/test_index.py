@@ -1,0 +1,41 @@
+"""DALI's index, by its text. `test_build.py` lets DALI itself read it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shard_builder.index import Component, check_index, format_index, parse_index
+
+words = st.text(st.characters(categories=["L", "N"], codec="ascii"), min_size=1, max_size=9)
+components = st.builds(Component, words, st.integers(0, 2**40), st.integers(0, 2**40), words)
+indices = st.lists(st.lists(components, min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@given(indices)
+def test_an_index_reads_back_as_it_was_written(samples):
+    text = format_index(samples)
+    assert parse_index(text) == samples
+    last = samples[-1][-1]
+    check_index(text, len(samples), last.offset + last.size)
+
+
+@given(indices)
+def test_an_index_that_points_beyond_its_tar_or_counts_otherwise_is_noticed(samples):
+    text, last = format_index(samples), samples[-1][-1]
+    with pytest.raises(ValueError, match="beyond the tar's"):
+        check_index(text, len(samples), last.offset + last.size - 1)
+    with pytest.raises(ValueError, match="not 9 samples"):
+        check_index(text, 9, last.offset + last.size)
+
+
+@pytest.mark.parametrize("text", ["", "v1.1 0\n", "v1.2 2\npng 512 1 a.png\n", "v1.2 1\npng 512 1\n"])
+def test_other_texts_are_no_index(text):
+    with pytest.raises(ValueError, match=r"lines|words"):
+        parse_index(text)
+    with pytest.raises(ValueError, match=r"lines|words"):
+        check_index(text, 1, 10**6)
+
+
+def test_the_text_is_what_dali_documents():
+    sample = [Component("png", 512, 9, "00000000.png"), Component("json", 1536, 2, "00000000.json")]
+    assert format_index([sample]) == "v1.2 1\npng 512 9 00000000.png json 1536 2 00000000.json\n"

@@ -1,0 +1,231 @@
+"""Which images a source holds, what their folders say of them, and which are chosen."""
+
+import os
+import re
+from collections import Counter
+
+import pytest
+
+from shard_builder.build import BuildOptions
+from shard_builder.labels import RADIMAGENET_US, bit_names, vocabularies
+from shard_builder.scan import Entry, as_text, choose, scan_tree
+from shard_builder.settings import InputError
+
+# The 165 folders of the archive as shipped: the folder above, the anatomy, the folders' names.
+RADIMAGENET = """
+CT/abd abd: abnormal_entire_organ adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology
+  bowel_abnormality bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract
+  fat_containing_tumor gallbladder_pathology gallstone intraperitoneal_mass liver_lesion normal osseous_neoplasm
+  ovarian_pathology pancreatic_lesion post_op prostate_lesion renal_lesion soft_tissue_collection
+  soft_tissue_mass splenic_lesion urolithiasis uterine_pathology
+CT/lung lung: Airspace_opacity Bronchiectasis Nodule Parenchyma_destruction interstitial_lung_disease normal
+MR/abd abd: adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology bowel_abnormality
+  bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract enlarged_organ gallbladder_pathology
+  intraperitoneal_mass liver_disease_ liver_lesion marrow_abn normal osseous_neoplasm ovarian_pathology
+  pancreatic_lesion prostate_lesion renal_lesion soft_tissue_collection soft_tissue_mass splenic_lesion
+  uterine_pathology
+MR/af af: Plantar_plate_tear achilles_pathology_ atfl_pathology bone_inflammation cfl_pathology
+  chondral_abnormality coalition deltoid_pathology extensor_pathology_ fat_containing_tumor flexor_pathology_
+  hematoma intra lisfranc_pathology normal osseous_disruption osseous_neoplasm peroneal_pathology
+  plantar_fascia_pathology post_op soft_tissue_edema soft_tissue_fluid soft_tissue_mass spring_ligament_injury
+  syndesmosis_pathology
+MR/brain brain: acute_infarct arteriovenous_anomaly chronic_infarct edema extra focal_flair_hyper intra normal
+  pituatary_lesion white_matter_changes
+MR/hip hip: abductor_pathology_ capsular_pathology chondral_pathology hamstring_pathology hematoma
+  labral_pathology marrow_inflammation normal osseous_disruption osseous_lesion post_op soft_tissue_edema
+  soft_tissue_fluid soft_tissue_mass
+MR/knee knee: acl_pathology bone_inflammation chondral_abnormality fcl_pathology fracture hematoma intra
+  mcl_pathology meniscal_abnormality muscle_strain normal patella_pathology pcl_pathology post_operative_acl
+  quad_pathology soft_tissue_edema soft_tissue_fluid_collection soft_tissue_mass
+MR/shoulder shoulder: acj_oa biceps_pathology ca++_tendinosis ghj_oa infraspinatus_pathology labral_pathology
+  marrow_inflammation normal osseous_lesion post_op soft_tissue_edema soft_tissue_fluid subscapularis_pathology
+  supraspinatus_pathology
+MR/spine spine: cord_pathology_ cystic_lesions disc_pathology dural_epidural_abn facet_arthropathy
+  foraminal_pathlogy normal osseous_abn scoliosis
+US abd: aorta bladder cbd fibroid gb ivc kidney liver ovary pancreas portal_vein spleen uterus
+US thyroid: thyroid thyroid_nodule
+"""
+
+
+def radimagenet():
+    """(folder, modality, anatomy) of each class."""
+    for line in re.sub(r"\n  ", " ", RADIMAGENET).strip().splitlines():
+        head, names = line.split(": ")
+        above, anatomy = head.split()
+        for name in names.split():
+            yield f"{above}/{name}", above[:2], anatomy
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def test_every_radimagenet_folder_gets_its_modality_its_anatomy_and_its_name_as_it_is(tmp_path):
+    expected = {folder: (modality, anatomy) for folder, modality, anatomy in radimagenet()}
+    assert len(expected) == 165
+    found = scan_tree(touch(tmp_path, *(f"{folder}/a.png" for folder in expected)))
+    assert not found.rejected
+    entries = {entry.source: entry for entry in found.entries}
+    assert {source.removesuffix("/a.png") for source in entries} == set(expected)
+    for folder, (modality, anatomy) in expected.items():
+        entry = entries[f"{folder}/a.png"]
+        assert entry.fields == {"modality": modality, "anatomy": anatomy}
+        assert entry.category == f"{modality}/{anatomy}/{folder.rpartition('/')[2]}"
+    fields = vocabularies(found.fields, (entry.fields for entry in found.entries))
+    assert bit_names(fields) == [f"modality={name}" for name in ("CT", "MR", "US")] + [
+        f"anatomy={name}" for name in ["abd", "af", "brain", "hip", "knee", "lung", "shoulder", "spine", "thyroid"]
+    ]
+    assert len({entry.category for entry in found.entries}) == 165
+
+
+def test_a_rearranged_tree_has_the_same_classes_and_gives_the_same_choice(tmp_path):
+    shipped, arranged = tmp_path / "shipped", tmp_path / "arranged"
+    for name, anatomy in RADIMAGENET_US.items():
+        touch(shipped, *(f"US/{name}/{image}.png" for image in range(20)))
+        touch(arranged, *(f"US/{anatomy}/{name}/{image}.png" for image in range(20)))
+
+    def chosen(root):
+        picked = choose(scan_tree(root).entries, per_class=5, seed=3)
+        return [(entry.category, os.path.basename(entry.source)) for entry in picked]
+
+    assert chosen(shipped) == chosen(arranged)
+
+
+def test_both_forms_may_be_mixed_in_one_tree(tmp_path):
+    touch(tmp_path, "US/liver/a.png", "US/abd/liver/b.png", "US/thyroid/c.png", "US/thyroid/thyroid/d.png")
+    found = {entry.source: entry.category for entry in scan_tree(tmp_path).entries}
+    assert found == {
+        "US/liver/a.png": "US/abd/liver",
+        "US/abd/liver/b.png": "US/abd/liver",
+        "US/thyroid/c.png": "US/thyroid/thyroid",
+        "US/thyroid/thyroid/d.png": "US/thyroid/thyroid",
+    }
+
+
+def test_a_folder_without_anatomy_is_named_with_both_ways_out(tmp_path):
+    touch(tmp_path, "CT/lung/Nodule/a.png", *(f"US/spleen2/{image}.png" for image in range(3)))
+    with pytest.raises(InputError) as caught:
+        scan_tree(tmp_path)
+    assert str(caught.value) == (
+        "US/spleen2 names no anatomy and is no RadImageNet class: give it one with --anatomy US/spleen2=abd, or "
+        "pass --skip-unknown (1 of 2 folders, 3 images)"
+    )
+    given = scan_tree(tmp_path, anatomy=BuildOptions(anatomy=("US/spleen2=abd",)).anatomies)
+    assert Counter(entry.category for entry in given.entries) == {"CT/lung/Nodule": 1, "US/abd/spleen2": 3}
+    skipped = scan_tree(tmp_path, skip_unknown=True)
+    assert [entry.source for entry in skipped.entries] == ["CT/lung/Nodule/a.png"]
+    assert [each.source for each in skipped.rejected] == [f"US/spleen2/{image}.png" for image in range(3)]
+
+
+def test_an_anatomy_for_a_folder_that_is_not_there_is_an_error(tmp_path):
+    touch(tmp_path, "US/liver/a.png")
+    with pytest.raises(InputError, match="--anatomy US/livr=abd: there are no images right in"):
+        scan_tree(tmp_path, anatomy={"US/livr": "abd"})
+
+
+def test_a_named_anatomy_wins_over_the_table(tmp_path):
+    found = scan_tree(touch(tmp_path, "US/liver/a.png"), anatomy={"US/liver": "hepatic"})
+    assert found.entries[0].category == "US/hepatic/liver"
+
+
+def test_extensions_count_in_any_case_and_other_files_are_ignored(tmp_path):
+    touch(
+        tmp_path, *(f"CT/lung/x/{name}" for name in ("a.PNG", "b.jpg", "c.JpEg", "Thumbs.db", "d.csv", "._a.png"))
+    )
+    touch(tmp_path, "CT/lung/.cache/a.png", "list.csv")
+    found = scan_tree(tmp_path)
+    assert [entry.source for entry in found.entries] == [
+        f"CT/lung/x/{name}" for name in ("a.PNG", "b.jpg", "c.JpEg")
+    ]
+    assert not found.rejected
+
+
+def test_images_at_other_depths_are_listed(tmp_path):
+    fitting = [f"CT/lung/x/{image}.png" for image in range(5)]
+    found = scan_tree(touch(tmp_path, *fitting, "top.png", "CT/high.png", "CT/lung/x/deep/low.png"))
+    assert [entry.source for entry in found.entries] == fitting
+    assert [each.source for each in found.rejected] == ["CT/high.png", "CT/lung/x/deep/low.png", "top.png"]
+    assert {each.reason for each in found.rejected} == {"not at MODALITY/anatomy/class"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "no images in .*, but 0 other files: expected MODALITY/anatomy/class"),
+        (("CT/lung/x/a.dcm", "b.csv"), "no images in .*, but 2 other files: expected"),
+        (("rin/CT/lung/x/a.png", "rin/US/liver/a.png"), "1 of 2 images .* such as rin/CT/lung/x/a.png: expected"),
+    ],
+)
+def test_a_folder_that_is_no_such_tree_is_an_error_which_tells_the_layout(tmp_path, files, message):
+    with pytest.raises(InputError, match=message) as caught:
+        scan_tree(touch(tmp_path, *files))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_source_and_a_file_are_errors(tmp_path):
+    with pytest.raises(InputError, match="none does not exist: expected MODALITY"):
+        scan_tree(tmp_path / "none")
+    with pytest.raises(InputError, match=r"a\.png is no folder: expected MODALITY"):
+        scan_tree(touch(tmp_path, "a.png") / "a.png")
+
+
+def test_links_are_followed_but_never_in_a_circle(tmp_path):
+    root = touch(tmp_path / "tree", "CT/lung/x/a.png", "CT/lung/x/b.png")
+    touch(tmp_path / "elsewhere", "c.png")
+    (root / "CT/lung/y").symlink_to(tmp_path / "elsewhere")
+    (root / "CT/loop").symlink_to(root)
+    (root / "CT/lung/x/loop").symlink_to(root)
+    (root / "CT/lung/x/self.png").symlink_to("self.png")
+    (root / "CT/lung/x/gone.png").symlink_to("nowhere.png")
+    found = scan_tree(root)
+    assert [entry.source for entry in found.entries] == ["CT/lung/x/a.png", "CT/lung/x/b.png", "CT/lung/y/c.png"]
+    assert {each.source: each.reason for each in found.rejected} == {
+        "CT/loop": "a link back to a folder that it lies in",
+        "CT/lung/x/gone.png": "not a file",
+        "CT/lung/x/loop": "a link below MODALITY/anatomy/class",
+        "CT/lung/x/self.png": "not a file",
+    }
+
+
+def test_names_of_any_bytes_become_printable_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9\n\x1b.png")
+    touch(tmp_path, f"CT/lung/x/{name}")
+    (entry,) = scan_tree(tmp_path).entries
+    assert (tmp_path / entry.source).exists()
+    assert as_text(entry.source) == "CT/lung/x/caf\\xe9 é\\n\\x1b.png"
+
+
+def entries(**counts):
+    return [Entry(f"{name}/{image}.png", {}, name) for name, count in counts.items() for image in range(count)]
+
+
+def test_at_most_so_many_of_each_class_are_chosen_and_0_takes_all():
+    found = entries(a=30, b=7)
+    assert Counter(entry.category for entry in choose(found, per_class=10, seed=0)) == {"a": 10, "b": 7}
+    assert sorted(entry.source for entry in choose(found, per_class=0, seed=0)) == sorted(
+        entry.source for entry in found
+    )
+
+
+def test_the_choice_depends_on_the_seed_and_not_on_the_listing_or_on_other_classes():
+    first = choose(entries(a=200, b=200), per_class=20, seed=0)
+    assert first == choose(entries(a=200, b=200)[::-1], per_class=20, seed=0)
+    assert first != choose(entries(a=200, b=200), per_class=20, seed=1)
+    alone = choose(entries(a=200), per_class=20, seed=0)
+    assert alone == [entry for entry in first if entry.category == "a"]
+
+
+def test_the_choice_of_a_seed_never_changes():
+    chosen = choose(entries(a=100, b=100), per_class=3, seed=0)
+    assert [entry.source for entry in chosen] == PINNED
+
+
+def test_classes_are_mixed_all_over_the_storage_order():
+    # A large class and small ones: none may come first only because it had more to choose from.
+    order = [entry.category for entry in choose(entries(a=5000, b=100, c=100), per_class=100, seed=0)]
+    for start in range(0, 300, 100):
+        counts = Counter(order[start : start + 100])
+        assert min(counts[name] for name in "abc") > 15
