@@ -17,7 +17,7 @@ UInt32s = NDArray[np.uint32]
 
 ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 # Words of a view's stream. A new parameter takes new words, so that older ones keep their values.
-CROP, POSITION, FLIP, JITTER, BRIGHTNESS, CONTRAST = 0, 20, 22, 23, 24, 25
+CROP, POSITION, FLIP, JITTER, BRIGHTNESS, CONTRAST, BLUR, SIGMA = 0, 20, 22, 23, 24, 25, 26, 27
 WORDS = 28
 ORDER_STREAM = 2**32 - 1  # stands where views have their number
 
@@ -54,16 +54,18 @@ def sample_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What is done to N images to make a view of each, in this order: crop, resize, flip, brightness, contrast.
+    """What is done to N images to make a view of each: crop, resize, flip, brightness, contrast, blur, in this order.
 
     `box` (N, 4) int32: top, left, height, width, in pixels of the canvas. `flip` (N,) bool: mirrored left to
-    right. `brightness`, `contrast` (N,) float32: factors as torchvision's; 1 changes nothing.
+    right. `brightness`, `contrast` (N,) float32: factors as torchvision's; 1 changes nothing. `sigma` (N,)
+    float32: of a Gaussian blur, in pixels of the view; 0 where there is none.
     """
 
     box: NDArray[np.int32]
     flip: NDArray[np.bool_]
     brightness: NDArray[np.float32]
     contrast: NDArray[np.float32]
+    sigma: NDArray[np.float32]
 
 
 def view_parameters(
@@ -97,6 +99,9 @@ def view_parameters(
         flip=uniform[:, FLIP] < augmentation.flip,
         brightness=factor(augmentation.brightness, BRIGHTNESS),
         contrast=factor(augmentation.contrast, CONTRAST),
+        sigma=np.where(
+            uniform[:, BLUR] < augmentation.blur, _between(augmentation.sigma, uniform[:, SIGMA]), 0
+        ).astype(np.float32),
     )
 
 

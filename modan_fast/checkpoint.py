@@ -16,10 +16,10 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchvision.models import ResNet
+from torchvision.models import ResNet, ResNet18_Weights
 
 from modan_fast import __version__, models
-from modan_fast.config import MAY_CHANGE_ON_RESUME, PretrainConfig, from_json, to_json
+from modan_fast.config import MAY_CHANGE_ON_RESUME, PretrainConfig, Stem, from_json, to_json
 from modan_fast.shards import ShardSet
 from shard_builder.settings import InputError
 
@@ -88,7 +88,8 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
         raise InputError(f"no run to resume at {run}: leave out --resume to start one")
     config = from_json(PretrainConfig, _read_json(path)["settings"])
     for name, value in given.items():
-        if name not in MAY_CHANGE_ON_RESUME and value != getattr(config, name):
+        fixed = name not in MAY_CHANGE_ON_RESUME or (name == "epochs" and config.schedule == "cosine")
+        if fixed and value != getattr(config, name):
             raise InputError(
                 f"{run} was started with --{name.replace('_', '-')} {getattr(config, name)}, not {value}: a "
                 "resumed run keeps its settings"
@@ -196,6 +197,31 @@ def load_encoder(source: Path) -> ResNet:
             )
             raise InputError(f"{path} is no ResNet-18: it {found} {key}")
     encoder.load_state_dict(tensors)
+    return encoder
+
+
+def load_imagenet(path: Path | None, stem: Stem, *, sum_filters: bool) -> ResNet:
+    """A ResNet-18 with torchvision's ImageNet weights, from a file, or else from torchvision, which downloads them.
+
+    See `models.start_from_imagenet`. Raises `InputError` where there are none, or none of a ResNet-18.
+    """
+    encoder = models.encoder(stem)
+    try:
+        if path is None:
+            weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        elif path.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        models.start_from_imagenet(encoder, weights, sum_filters=sum_filters)
+    except Exception as error:  # a file may be anything, and a download may fail in any way
+        reason = " ".join(str(error).split())[:200]
+        if path is None:
+            raise InputError(
+                f"torchvision's ImageNet weights cannot be fetched ({reason}): download resnet18-f37072fd.pth and "
+                "name it with --imagenet-weights"
+            ) from error
+        raise InputError(f"{path} holds no weights of torchvision's ResNet-18 ({reason})") from error
     return encoder
 
 

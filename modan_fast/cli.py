@@ -54,9 +54,10 @@ def main() -> None:
     except (InputError, OSError, typer.TyperException, FloatingPointError) as error:
         if debug:
             raise
-        usage = isinstance(error, typer.TyperException)
-        message = error.format_message() + " (--help tells more)" if usage else str(error)
-        message = message.replace("Value error, ", "")
+        if isinstance(error, typer.TyperException):
+            message = error.format_message().replace("Value error, ", "") + " (--help tells more)"
+        else:
+            message = str(error)
         print(f"modan-fast: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 

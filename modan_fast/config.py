@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from shard_builder.settings import InputError, option
 
-Method = Literal["mulsupcon"]
+Method = Literal["mulsupcon", "simclr", "supcon", "supervised"]
 Recipe = Literal["paper", "released-code"]
 Stem = Literal["3x3", "7x7"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -40,6 +40,8 @@ class Augmentation:
     jitter: float = 0.8  # probability that brightness and contrast change
     brightness: float = 0.4  # factors are uniform in 1 ± this
     contrast: float = 0.4
+    blur: float = 0.0  # probability of a Gaussian blur whose sigma is uniform in `sigma`, in pixels of the view
+    sigma: tuple[float, float] = (0.1, 2.0)
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,20 @@ class PretrainConfig:
     stem: Stem = option("3x3", "First convolution: 3x3 stride 1, or 7x7 stride 2.", recipe=True)
     temperature: float = option(0.07, "Softmax temperature; lower is sharper.", recipe=True)
     threshold: float = option(0.3, "Smallest Jaccard similarity of a positive pair.", recipe=True)
+    optimizer: Literal["sgd", "adam"] = option("sgd", "Optimiser.", recipe=True)
     lr: float = option(0.05, "Learning rate after the warm-up.", recipe=True)
     momentum: float = option(0.9, "Momentum of SGD.", recipe=True)
     weight_decay: float = option(1e-4, "Weight decay.", recipe=True)
     warmup_epochs: int = option(3, "Epochs in which the learning rate rises linearly from 0.01.", recipe=True)
     warmup_from: float = option(0.01, "Learning rate at the first step.", hidden=True)
+    schedule: Literal["steps", "cosine"] = option(
+        "steps", "Decay: a tenth after epochs 700, 800 and 900, or a cosine over all epochs.", recipe=True
+    )
     milestones: tuple[int, ...] = option((700, 800, 900), "Epochs after which lr drops tenfold.", hidden=True)
     keep: tuple[int, ...] = option((), "Epochs after which the encoder is kept beside the last.", hidden=True)
     drop_last: bool = option(True, "Leave out an epoch's last batch where it is not full.", recipe=True)
     augmentation: Augmentation = option(Augmentation(), "Distribution of the views.", hidden=True)
+    imagenet_weights: Path | None = option(None, "Weights of torchvision's ResNet-18 to start from, as a file.")
     seed: int = option(0, "Seed of weights, sample order and views.")
     device: Device = option("auto", "Where to train; a GPU if there is one.")
     precision: Precision = option(
@@ -100,15 +107,49 @@ class PretrainConfig:
         """The run folder."""
         return self.out or Path("runs") / self.method
 
+    @property
+    def views(self) -> int:
+        """Views of an image in a batch: two to contrast, one to classify."""
+        return 1 if self.method == "supervised" else 2
+
+
+_PAPER = PretrainConfig()
+_RELEASED = PretrainConfig(
+    recipe="released-code", stem="7x7", keep=(200,), drop_last=False, augmentation=Augmentation(scale=(0.08, 1.0))
+)
+_NO_STEPS: dict[str, Any] = {"warmup_epochs": 0, "milestones": ()}
+_SIMCLR: dict[str, Any] = {
+    "method": "simclr",
+    "temperature": 0.1,
+    "schedule": "cosine",
+    "drop_last": True,
+    **_NO_STEPS,
+}
+_ADAM: dict[str, Any] = {
+    "method": "supervised",
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    **_NO_STEPS,
+}
 
 RECIPES: dict[tuple[Method, Recipe], PretrainConfig] = {
-    ("mulsupcon", "paper"): PretrainConfig(),
-    ("mulsupcon", "released-code"): PretrainConfig(
-        recipe="released-code",
-        stem="7x7",
-        keep=(200,),
-        drop_last=False,
-        augmentation=Augmentation(scale=(0.08, 1.0)),
+    ("mulsupcon", "paper"): _PAPER,
+    ("mulsupcon", "released-code"): _RELEASED,
+    ("supcon", "paper"): replace(_PAPER, method="supcon"),
+    ("supcon", "released-code"): replace(_RELEASED, method="supcon"),
+    ("simclr", "paper"): replace(_PAPER, **_SIMCLR),
+    ("simclr", "released-code"): replace(
+        _RELEASED, **_SIMCLR, augmentation=Augmentation(scale=(0.08, 1.0), blur=0.5)
+    ),
+    ("supervised", "paper"): replace(_PAPER, **_ADAM),
+    ("supervised", "released-code"): replace(
+        _RELEASED,
+        **_ADAM,
+        epochs=200,
+        batch_size=32,
+        keep=(),
+        augmentation=Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0),
     ),
 }
 

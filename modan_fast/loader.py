@@ -1,6 +1,6 @@
 """Order, store, augmentation and renderer put together: the batches of an epoch.
 
-B images a batch, V = 2B views, H x H pixels, K label bits.
+B images a batch, V = 2B views (B for one view an image), H x H pixels, K label bits.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Loader:
         batch_size: int,
         seed: int = 0,
         drop_last: bool = False,
+        views: int = 2,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.store, self.renderer, self.augmentation = store, renderer, augmentation
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+        self.batch_size, self.seed, self.drop_last, self.views = batch_size, seed, drop_last, views
         self.rank, self.world_size = rank, world_size
 
     @property
@@ -86,8 +87,9 @@ class Loader:
                 self.renderer.collect()
 
     def _submit(self, epoch: int, ids: NDArray[np.int64]) -> None:
+        canvas = self.store.canvas
         views = [
-            view_parameters(self.augmentation, self.seed, epoch, ids, view, self.store.canvas) for view in (0, 1)
+            view_parameters(self.augmentation, self.seed, epoch, ids, view, canvas) for view in range(self.views)
         ]
         pixels = self.store.pixels
         self.renderer.submit(pixels[torch.from_numpy(ids).to(pixels.device)], views)

@@ -5,11 +5,13 @@ N images, C channels, H x W pixels, F = 512 features, D embedding dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18
 
-from modan_fast.config import Stem
+from modan_fast.config import Method, Stem
 
 FEATURES = 512
 
@@ -34,16 +36,46 @@ def stem_of(conv1_weight: Tensor) -> Stem | None:
     return kernels.get(tuple(conv1_weight.shape[2:]))
 
 
-class Pretrainee(nn.Module):
-    """An encoder with its pretraining head: views (N, C, H, W) to embeddings (N, D).
+def head(method: Method, classes: int) -> nn.Module:
+    """What pretraining puts on the features: (N, 512) to embeddings (N, D), or to one logit a class.
 
-    MulSupCon has no projection head: its embedding is the 1000-d output of the ResNet's own `fc`.
+    The contrastive methods with labels have no projection head: their embedding is what the ResNet's own `fc`
+    makes of the features, 1000 numbers. SimCLR's has one hidden layer.
     """
+    if method == "supervised":
+        return nn.Linear(FEATURES, classes)
+    if method == "simclr":
+        return nn.Sequential(nn.Linear(FEATURES, 2048), nn.ReLU(inplace=True), nn.Linear(2048, 128))
+    return nn.Linear(FEATURES, 1000)
 
-    def __init__(self, stem: Stem = "3x3", channels: int = 1) -> None:
+
+def start_from_imagenet(encoder: ResNet, weights: Mapping[str, Tensor], *, sum_filters: bool) -> None:
+    """Give `encoder` the weights of torchvision's ResNet-18 for ImageNet, except `fc`.
+
+    Its first convolution has three channels there. For one channel the filters of the three are summed, which is
+    what a grey image in RGB would see; they are left as drawn at random where `sum_filters` is off (as in the
+    released code) and where the stem has another shape. Raises ValueError where other weights do not fit.
+    """
+    wanted = encoder.state_dict()
+    given = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    first = given.get("conv1.weight", torch.empty(0)).sum(1, keepdim=True)
+    if sum_filters and first.shape == wanted["conv1.weight"].shape:
+        given["conv1.weight"] = first
+    else:
+        given["conv1.weight"] = wanted["conv1.weight"]
+    # Weights from before torch 0.4.1 do not count batches; nothing here reads the count.
+    encoder.load_state_dict(
+        {key: given.get(key, wanted[key]) if "num_batches" in key else given[key] for key in wanted}
+    )
+
+
+class Pretrainee(nn.Module):
+    """An encoder with its pretraining head: views (N, C, H, W) to embeddings (N, D)."""
+
+    def __init__(self, encoder: ResNet, head: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder(stem, channels)
-        self.head = nn.Linear(FEATURES, 1000)
+        self.encoder = encoder
+        self.head = head
 
     def forward(self, views: Tensor) -> Tensor:
         embeddings: Tensor = self.head(self.encoder(views))

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
-from modan_fast import checkpoint
+from modan_fast import checkpoint, models
 from modan_fast.config import PretrainConfig
 from modan_fast.loader import Batch, Loader
-from modan_fast.losses import MulSupConLoss
-from modan_fast.models import Pretrainee, compute_type, pick_device
+from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
+from modan_fast.models import Pretrainee, compute_type, head, pick_device
 from modan_fast.render import open_renderer
 from modan_fast.shards import open_shards
 from modan_fast.store import open_store
@@ -67,6 +68,8 @@ def pretrain(
         device=device,
         dtype=dtype,
         threads=threads,
+        views=config.views,
+        blur=config.augmentation.blur > 0,
     )
     loader = Loader(
         store,
@@ -75,22 +78,19 @@ def pretrain(
         batch_size=config.batch_size,
         seed=config.seed,
         drop_last=config.drop_last,
+        views=config.views,
     )
 
     torch.manual_seed(config.seed)
-    model = Pretrainee(config.stem).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loss_of: nn.Module = MulSupConLoss(config.temperature, config.threshold)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=device.type == "cuda",  # with another one the loss scaler reads a value back at every step
-    )
+    encoder = first_encoder(config)
+    model = Pretrainee(encoder, head(config.method, len(shards.manifest.classes)))
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loss_of: Any = loss_function(config)
+    optimizer = optimizer_of(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     compiled = wants_compile(config.compile, device)
     forward: Any = torch.compile(model) if compiled else model
-    loss_of = torch.compile(loss_of) if compiled else loss_of  # type: ignore[assignment]
+    loss_of = torch.compile(loss_of) if compiled else loss_of
     log.info(
         "training on %s, %s, %s",
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({threads} threads)",
@@ -104,7 +104,7 @@ def pretrain(
             group["lr"] = rate_at(config, step, loader.steps)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             embeddings = forward(batch.views)
-        loss: Tensor = loss_of(embeddings, batch.labels)
+        loss: Tensor = loss_of(embeddings.float(), batch.targets if config.views == 1 else batch.labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -121,7 +121,7 @@ def pretrain(
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
         }
-        checkpoint.save(run, state, model.encoder, config)
+        checkpoint.save(run, state, encoder, config)
 
     first_epoch, first_step, loss_sum = 0, 0, torch.zeros((), device=device)
     if resume:
@@ -174,11 +174,41 @@ def pretrain(
                 save(epoch + 1, 0)
             if epoch + 1 in config.keep:
                 checkpoint.save_encoder(
-                    run / f"encoder-{epoch + 1:04d}.safetensors", model.encoder, config, epoch=epoch + 1
+                    run / f"encoder-{epoch + 1:04d}.safetensors", encoder, config, epoch=epoch + 1
                 )
             if stop.is_set() and epoch + 1 < config.epochs:
                 raise KeyboardInterrupt
     return run
+
+
+def first_encoder(config: PretrainConfig) -> ResNet:
+    """The encoder that a run starts from: random, or with ImageNet's weights where they are named or the recipe
+    has them (the published supervised baseline starts from them, with a first convolution drawn at random).
+    """
+    released = config.recipe == "released-code"
+    if config.imagenet_weights is None and not (released and config.method == "supervised"):
+        return models.encoder(config.stem)
+    return checkpoint.load_imagenet(config.imagenet_weights, config.stem, sum_filters=not released)
+
+
+def loss_function(config: PretrainConfig) -> nn.Module:
+    """The loss of a method, called with embeddings and labels, or with logits and targets for `supervised`."""
+    losses: dict[str, Callable[[], nn.Module]] = {
+        "mulsupcon": lambda: MulSupConLoss(config.temperature, config.threshold),
+        "supcon": lambda: SupConLoss(config.temperature),
+        "simclr": lambda: NTXentLoss(config.temperature),
+        "supervised": nn.CrossEntropyLoss,
+    }
+    return losses[config.method]()
+
+
+def optimizer_of(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of a run; fused on a GPU, where with another one the loss scaler reads back every step."""
+    parameters = list(model.parameters())
+    fused = parameters[0].is_cuda
+    if config.optimizer == "adam":
+        return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
 
 
 def lr_at(step: int, *, peak: float, start: float, warmup: int, milestones: Iterable[int]) -> float:
@@ -188,8 +218,15 @@ def lr_at(step: int, *, peak: float, start: float, warmup: int, milestones: Iter
     return peak * math.prod(0.1 for milestone in milestones if step >= milestone)
 
 
+def cosine_lr_at(epoch: int, *, peak: float, epochs: int) -> float:
+    """Learning rate of an epoch, from 0: from `peak` along half a cosine towards 0 (SGDR, Eq. 5, no restarts)."""
+    return peak * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
 def rate_at(config: PretrainConfig, step: int, steps: int) -> float:
     """Learning rate of a step of a run whose epochs have `steps` steps."""
+    if config.schedule == "cosine":
+        return cosine_lr_at(step // steps, peak=config.lr, epochs=config.epochs)
     return lr_at(
         step,
         peak=config.lr,

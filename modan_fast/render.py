@@ -3,7 +3,7 @@
 A renderer is given work with `submit` and hands the views over with `collect`, in the same order; between the
 two it works in the background, so the next batch is made while this one trains.
 
-N images, S x S canvas, H x H view, V = 2N views; row i and row i + N are the two views of image i.
+N images, S x S canvas, H x H view, V = 2N views, rows i and i + N of one image (V = N for supervised training).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 from modan_fast import config
 from modan_fast.augment import ViewParameters
@@ -28,7 +29,7 @@ class Renderer(Protocol):
     """What the loader needs of a renderer."""
 
     def submit(self, pixels: Tensor, views: Sequence[ViewParameters]) -> None:
-        """Start two views of `pixels` (N, S, S) uint8; `views` holds the parameters of the first and second."""
+        """Start the views of `pixels` (N, S, S) uint8; `views` holds the parameters of the first, then the second."""
 
     def collect(self) -> Tensor:
         """The oldest submitted views, (V, 1, H, H) in [0, 1], channels-last; waits until they are made."""
@@ -42,23 +43,26 @@ def open_renderer(
     device: torch.device,
     dtype: torch.dtype,
     threads: int,
+    views: int = 2,
+    blur: bool = False,
 ) -> Renderer:
     """The renderer that `name` stands for; `auto` is DALI where it is installed.
 
+    It makes `views` views of each of up to `batch_size` images at a time; `blur` says whether any is blurred.
     Raises `InputError` where DALI is asked for and missing.
     """
     if name == "dali" and not dali_installed():
         raise InputError("--renderer dali needs NVIDIA DALI, which is for Linux only: pass --renderer torch")
     if name == "torch" or not dali_installed():
         return TorchRenderer(size, device, dtype)
-    return DaliRenderer(size, batch_size, device, dtype, threads)
+    return DaliRenderer(size, batch_size, device, dtype, threads, views, blur)
 
 
 def render_view(pixels: Tensor, view: ViewParameters, size: int) -> Tensor:
     """The reference: a view of each of `pixels` (N, S, S) uint8 as float32 (N, 1, size, size) in [0, 1].
 
     Crop, antialiased bilinear resize, flip, brightness, then contrast about the view's own mean, both clamped
-    to the range, as torchvision's functional operations do without their rounding to 8 bits.
+    to the range, then blur, as torchvision's functional operations do without their rounding to 8 bits.
     """
     crops = []
     for image, (top, left, height, width), flip in zip(pixels, view.box.tolist(), view.flip, strict=True):
@@ -70,7 +74,16 @@ def render_view(pixels: Tensor, view: ViewParameters, size: int) -> Tensor:
     brightness, contrast = factors[..., None, None, None]
     views = (views * brightness).clamp(0, 1)
     mean = views.mean((1, 2, 3), keepdim=True)
-    return ((views - mean) * contrast + mean).clamp(0, 1)
+    views = ((views - mean) * contrast + mean).clamp(0, 1)
+    window = blur_window(size)
+    for number in np.flatnonzero(view.sigma):
+        views[number] = gaussian_blur(views[number], [window, window], [float(view.sigma[number])] * 2)
+    return views
+
+
+def blur_window(size: int) -> int:
+    """Width of the Gaussian kernel in pixels: odd, and about a tenth of the view, as SimCLR has it."""
+    return 2 * (size // 20) + 1
 
 
 class TorchRenderer:
@@ -94,8 +107,10 @@ class TorchRenderer:
         return self._pending.popleft().result()
 
 
-def dali_pipeline(size: int, batch_size: int, device: torch.device, threads: int) -> Any:
-    """The DALI pipeline, the same for CPU and GPU: uint8 images and parameters in, two uint8 views of each out.
+def dali_pipeline(
+    size: int, batch_size: int, device: torch.device, threads: int, count: int = 2, blur: bool = False
+) -> Any:
+    """The DALI pipeline, the same for CPU and GPU: uint8 images and parameters in, `count` uint8 views of each out.
 
     Every stage saturates and rounds to 8 bits, as torchvision's operations on 8-bit images do.
     """
@@ -119,7 +134,7 @@ def dali_pipeline(size: int, batch_size: int, device: torch.device, threads: int
             name="pixels", device=place, dtype=types.UINT8, ndim=3, layout="HWC", batch=True
         )
         views = []
-        for view in (0, 1):
+        for view in range(count):
             # Sliced first, because a region of interest would let its surroundings bleed into its edges.
             crop = fn.slice(
                 images,
@@ -138,14 +153,15 @@ def dali_pipeline(size: int, batch_size: int, device: torch.device, threads: int
             )
             bright = fn.brightness_contrast(resized, brightness=argument(f"brightness{view}", 0))
             mean = fn.reductions.mean(bright)
-            views.append(
-                fn.brightness_contrast(
-                    bright,
-                    contrast=argument(f"contrast{view}", 0),
-                    # DALI takes the arguments of an operator from the host, on GPUs too.
-                    contrast_center=mean.cpu() if place == "gpu" else mean,
-                )
+            made = fn.brightness_contrast(
+                bright,
+                contrast=argument(f"contrast{view}", 0),
+                # DALI takes the arguments of an operator from the host, on GPUs too.
+                contrast_center=mean.cpu() if place == "gpu" else mean,
             )
+            if blur:
+                made = fn.gaussian_blur(made, sigma=argument(f"sigma{view}", 0), window_size=blur_window(size))
+            views.append(made)
         pipeline.set_outputs(*views)
     pipeline.build()
     return pipeline
@@ -155,10 +171,17 @@ class DaliRenderer:
     """Renders with DALI's operators on the training device, from parameters that `augment` computed."""
 
     def __init__(
-        self, size: int, batch_size: int, device: torch.device, dtype: torch.dtype, threads: int
+        self,
+        size: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        views: int = 2,
+        blur: bool = False,
     ) -> None:
-        self.device, self.dtype = device, dtype
-        self._pipeline = dali_pipeline(size, batch_size, device, threads)
+        self.device, self.dtype, self.blur = device, dtype, blur
+        self._pipeline = dali_pipeline(size, batch_size, device, threads, views, blur)
 
     def submit(self, pixels: Tensor, views: Sequence[ViewParameters]) -> None:
         """See `Renderer.submit`."""
@@ -175,6 +198,9 @@ class DaliRenderer:
             self._pipeline.feed_input(f"end{number}", np.stack([one, one - flip], axis=1))
             self._pipeline.feed_input(f"brightness{number}", view.brightness)
             self._pipeline.feed_input(f"contrast{number}", view.contrast)
+            if self.blur:
+                # DALI chooses a sigma of its own for 0; this one's neighbours weigh nothing.
+                self._pipeline.feed_input(f"sigma{number}", view.sigma.clip(min=0.05))
         self._pipeline.schedule_run()
 
     def collect(self) -> Tensor:

@@ -120,7 +120,7 @@ def _read_with_dali(shards: ShardSet, threads: int) -> Iterator[Chunk]:
     manifest = shards.manifest
     pipeline = Pipeline(batch_size=READ_BATCH, num_threads=threads, device_id=None)
     with pipeline:
-        encoded, labels, target = fn.readers.webdataset(
+        encoded, labels, target = fn.readers.webdataset(  # type: ignore[misc]
             paths=[str(path) for path in shards.tars],
             index_paths=[str(path) for path in shards.indices],
             ext=[_extension(manifest.codec), "labels", "target"],

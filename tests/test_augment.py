@@ -60,6 +60,14 @@ def test_jitter_factors_are_distributed_as_torchvisions():
     assert abs(np.corrcoef(ours.brightness, ours.contrast)[0, 1]) < 0.03
 
 
+def test_blur_comes_with_its_probability_and_a_uniform_sigma():
+    sigma = parameters(Augmentation(blur=0.5)).sigma
+    blurred = sigma[sigma > 0]
+    assert binomtest(len(blurred), DRAWS, 0.5).pvalue > 1e-3
+    assert kstest((blurred - 0.1) / 1.9, "uniform").pvalue > 1e-3
+    assert not parameters().sigma.any()
+
+
 def test_flip_and_jitter_come_with_their_probability():
     ours = parameters(Augmentation(flip=0.5, jitter=0.8))
     changed = ours.brightness != 1

@@ -30,9 +30,16 @@ def both_views(count, canvas, augmentation=None):
     return [view_parameters(augmentation, 11, 2, np.arange(count), view, canvas) for view in (0, 1)]
 
 
-def rendered(name, pixels, views, size, threads=2, batch_size=None):
+def rendered(name, pixels, views, size, threads=2, batch_size=None, blur=False):
     renderer = open_renderer(
-        name, size=size, batch_size=batch_size or len(pixels), device=CPU, dtype=torch.float32, threads=threads
+        name,
+        size=size,
+        batch_size=batch_size or len(pixels),
+        device=CPU,
+        dtype=torch.float32,
+        threads=threads,
+        views=len(views),
+        blur=blur,
     )
     renderer.submit(pixels, views)
     return renderer.collect()
@@ -40,7 +47,7 @@ def rendered(name, pixels, views, size, threads=2, batch_size=None):
 
 def test_the_reference_equals_torchvisions_functional_operations():
     pixels = images(16)
-    view = both_views(16, 96)[0]
+    view = both_views(16, 96, Augmentation(blur=0.5))[0]
     ours = render_view(pixels, view, 64)
     for number, image in enumerate(pixels[:, None]):
         top, left, height, width = view.box[number].tolist()
@@ -50,6 +57,8 @@ def test_the_reference_equals_torchvisions_functional_operations():
         theirs = transforms.horizontal_flip(theirs) if view.flip[number] else theirs
         theirs = transforms.adjust_brightness(theirs, float(view.brightness[number]))
         theirs = transforms.adjust_contrast(theirs, float(view.contrast[number]))
+        if view.sigma[number]:
+            theirs = transforms.gaussian_blur(theirs, [7, 7], [float(view.sigma[number])] * 2)
         torch.testing.assert_close(ours[number], theirs, rtol=0, atol=2e-6)
 
 
@@ -69,6 +78,24 @@ def test_dali_views_equal_the_reference_within_one_grey_level_on_average(canvas,
 
 
 @needs_dali
+def test_blurred_dali_views_equal_the_reference():
+    augmentation = Augmentation(jitter=0.0, blur=0.5)
+    pixels, views = images(), both_views(48, 96, augmentation)
+    assert 24 < sum((view.sigma > 0).sum() for view in views) < 72
+    difference = (
+        255 * (rendered("dali", pixels, views, 96, blur=True) - rendered("torch", pixels, views, 96)).abs()
+    )
+    assert difference.mean((1, 2, 3)).max() < 1.0
+    assert difference.max() < 3.0
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
+def test_a_single_view_is_the_first_of_two(name):
+    pixels, views = images(), both_views(48, 96)
+    assert torch.equal(rendered(name, pixels, views[:1], 64), rendered(name, pixels, views, 64)[:48])
+
+
+@needs_dali
 def test_an_untouched_image_goes_through_dali_unchanged():
     pixels = images(8, canvas=64)
     same = ViewParameters(
@@ -76,6 +103,7 @@ def test_an_untouched_image_goes_through_dali_unchanged():
         flip=np.array([False, True] * 4),
         brightness=np.ones(8, np.float32),
         contrast=np.ones(8, np.float32),
+        sigma=np.zeros(8, np.float32),
     )
     views = rendered("dali", pixels, [same, same], 64)
     levels = (views * 255).round().to(torch.uint8)[:8, 0]
@@ -88,7 +116,7 @@ def test_dali_views_do_not_depend_on_threads_or_on_the_batch():
     pixels, views = images(), both_views(48, 96)
     whole = rendered("dali", pixels, views, 64)
     assert torch.equal(whole, rendered("dali", pixels, views, 64, threads=1))
-    part = [ViewParameters(v.box[8:19], v.flip[8:19], v.brightness[8:19], v.contrast[8:19]) for v in views]
+    part = [ViewParameters(**{key: value[8:19] for key, value in vars(view).items()}) for view in views]
     few = rendered("dali", pixels[8:19], part, 64, batch_size=48)
     assert torch.equal(few, torch.cat([whole[8:19], whole[56:67]]))
 

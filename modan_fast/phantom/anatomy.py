@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
-from modan_fast.phantom.physics import Bytes, Tissue
+from modan_fast.phantom.physics import Bytes, Tissue, smooth_field
 
 AIR, FAT, MUSCLE, CORTEX, MARROW, ORGAN, LIVER, SPLEEN, KIDNEY, FLUID, BLOOD, GREY, WHITE = list(Tissue)[:13]
 CARTILAGE, TENDON, DISC, LUNG, BOWEL, GLAND, DENSE, LESION, CORE = list(Tissue)[13:]
@@ -93,13 +94,27 @@ class Scene:
             fit = np.polyfit(at, given, min(3, len(given) - 1))
             dense = np.linspace(0, 1, 24)
             given = np.stack([np.polyval(fit[:, 0], dense), np.polyval(fit[:, 1], dense)], 1)
-        pixels = max(1, round(width * self.size / 2))
-        self.draw.line(self.pixels(given[:, 0], given[:, 1]), fill=int(tissue), width=pixels, joint="curve")
+        along = np.gradient(given, axis=0)
+        aside = along[:, ::-1] * (-width / 2, width / 2) / np.maximum(np.hypot(*along.T), 1e-9)[:, None]
+        edge = np.concatenate([given + aside, (given - aside)[::-1]])
+        self.draw.polygon(self.pixels(edge[:, 0], edge[:, 1]), fill=int(tissue), outline=int(tissue))
 
     def area(self, tissue: Tissue, points: Sequence[Point]) -> None:
-        """A polygon."""
+        """A polygon with rounded corners."""
         given = np.array(points)
+        for reach in (0.1, 0.04):  # cut each corner, twice
+            side = np.roll(given, -1, axis=0) - given
+            cut = side * np.minimum(0.25, reach / np.maximum(np.hypot(*side.T), 1e-9))[:, None]
+            given = np.stack([given + cut, given + side - cut], 1).reshape(-1, 2)
         self.draw.polygon(self.pixels(given[:, 0], given[:, 1]), fill=int(tissue))
+
+    def folds(self) -> None:
+        """The folds of a brain, drawn over grey matter: sulci where a random field changes its sign."""
+        field = np.abs(smooth_field(self.random, self.size, 13))
+        grey = self.labels() == GREY
+        inner = ndimage.binary_erosion(grey, iterations=max(1, self.size // 40))
+        for tissue, where in ((WHITE, inner & (field > 0.55)), (FLUID, grey & (field < 0.07))):
+            self.image.paste(int(tissue), mask=Image.fromarray(where))
 
     def vertebra(self, x: float, y: float, r: float) -> None:
         """A vertebra seen along the body: body, arch, canal and processes."""
@@ -169,6 +184,7 @@ def lung(s: Scene) -> None:
     s.blob(BLOOD, 0.12, 0.2, 0.065)
     s.blob(MUSCLE, 0, 0.16, 0.03)
     s.vertebra(0, 0.31, 0.12)
+    del s.places["spine"]  # the lung's classes show in the lung
     s.blob(MARROW, 0, -high - 0.02, 0.1, 0.022, rim=(CORTEX, 0.014))
 
 
@@ -230,19 +246,9 @@ def brain(s: Scene) -> None:
     s.blob(CORTEX, 0, 0, rx + 0.05, ry + 0.05, rough=0.01)
     s.blob(FLUID, 0, 0, rx, ry, rough=0.01)
     s.blob(GREY, 0, 0, rx - 0.03, ry - 0.03, rough=0.02)
-    fold = s.random.uniform(0, 2 * np.pi, 3)
-    for side in (-1, 1):  # a hemisphere's white matter, with sulci between its folds
-        turn = np.linspace(0, 2 * np.pi, 150, endpoint=False)
-        waves = sum(np.cos(n * turn + f) for n, f in zip((11, 17, 23), fold, strict=True)) * 0.035
-        x = side * rx * 0.47 + (1 + waves) * rx * 0.38 * np.cos(turn)
-        y = (1 + waves) * (ry - 0.14) * np.sin(turn)
-        s.area(WHITE, list(zip(x.tolist(), y.tolist(), strict=True)))
-        for angle in np.linspace(-1.35, 1.35, 11) + s.random.normal(0, 0.05, 11):
-            c, n = side * math.cos(angle), math.sin(angle)
-            deep = s.random.uniform(0.1, 0.17)
-            outer, inner = (c * (rx - 0.01), n * (ry - 0.01)), (c * (rx - deep), n * (ry - deep))
-            s.line(GREY, [inner, outer], 0.055)
-            s.line(FLUID, [inner, outer], 0.014)
+    s.folds()
+    for side in (-1, 1):
+        s.blob(WHITE, side * rx * 0.36, 0, rx * 0.34, ry * 0.62, turn=side * 4, rough=0.12)
     s.blob(WHITE, 0, -0.02, 0.2, 0.34)
     s.line(FLUID, [(0, -ry + 0.02), (0, -0.32)], 0.02)
     s.line(FLUID, [(0, 0.36), (0, ry - 0.02)], 0.02)
@@ -461,7 +467,7 @@ def thyroid(s: Scene) -> None:
     if s.random.random() < 0.35:
         y = edge + s.random.uniform(0.28, 0.36)
         s.blob(GLAND, 0, y, s.vary(0.75), s.vary(0.25), turn=s.random.normal(0, 4), rim=(TENDON, 0.015))
-        s.blob(CORTEX, s.random.uniform(-0.8, 0.8), y + 0.75, 0.5, 0.06)
+        s.blob(CORTEX, s.random.uniform(-0.8, 0.8), y + 0.9, 0.5, 0.08, rough=0.15)
         s.places |= {"lobe": (s.random.uniform(-0.35, 0.35), y, 0.2)}
         return
     x = s.random.choice([-0.45, 0.0, 0.0, 0.45])
@@ -473,7 +479,7 @@ def thyroid(s: Scene) -> None:
         s.blob(GLAND, x + side * 0.36, y + 0.02, s.vary(0.2), s.vary(0.24), turn=side * -10, rim=(TENDON, 0.01))
         s.places[f"lobe{side}"] = (x + side * 0.36, y + 0.02, 0.15)
     s.blob(AIR, x, y + 0.12, 0.17, 0.18, rim=(CARTILAGE, 0.045))
-    s.blob(CORTEX, x + s.random.normal(0, 0.05), y + 0.85, 0.7, 0.1)
+    s.blob(CORTEX, x + s.random.normal(0, 0.05), y + 0.95, 0.45, 0.12, rough=0.15)
 
 
 def breast(s: Scene) -> None:
@@ -491,7 +497,7 @@ def breast(s: Scene) -> None:
             s.random.uniform(-1, 1),
             s.random.uniform(top, 0.3),
             s.vary(0.22, 0.3),
-            s.vary(0.09, 0.3),
+            s.vary(0.06, 0.3),
             rough=0.1,
         )
     for _ in range(6):
@@ -502,7 +508,7 @@ def breast(s: Scene) -> None:
     s.line(TENDON, [(-2, deep), (2, deep)], 0.025)
     for x in np.arange(-1 + s.random.uniform(0, 0.9), 1.2, 0.9):
         s.blob(MARROW, x, deep + 0.3, 0.2, 0.09, rim=(CORTEX, 0.03))
-    s.places["gland"] = (s.random.uniform(-0.6, 0.6), s.random.uniform(top + 0.1, deep - 0.25), 0.24)
+    s.places["gland"] = (s.random.uniform(-0.6, 0.6), s.random.uniform(top + 0.1, deep - 0.25), 0.30)
 
 
 def belly(s: Scene, organ: str) -> None:
@@ -523,9 +529,10 @@ def belly(s: Scene, organ: str) -> None:
         for _ in range(s.random.integers(3, 7)):
             vx, vy = s.random.uniform(-0.8, 0.8), s.random.uniform(edge + 0.1, 0.6)
             s.line(BLOOD, [(vx, vy), (vx + s.random.normal(0, 0.2), vy + 0.1)], 0.035)
-        bow = [(-0.95, 0.75), (0.0, s.random.uniform(0.72, 0.95)), (0.95, 0.6)]
-        s.line(LUNG, [(px, py + 0.22) for px, py in bow], 0.4)
-        s.line(TENDON, bow, 0.03)
+        if s.random.random() < 0.6:  # the diaphragm, and the lung behind it
+            bow = [(-1.1, s.random.uniform(0.3, 0.6)), (0.0, s.random.uniform(0.6, 0.8)), (1.1, 0.7)]
+            s.line(LUNG, [(px, py + 0.26) for px, py in bow], 0.5)
+            s.line(TENDON, bow, 0.03)
 
     def part(tissue: Tissue, dx: float, dy: float, rx: float, ry: float, rim: Tissue | None = None) -> None:
         c, n = math.cos(math.radians(turn)), math.sin(math.radians(turn))
@@ -576,9 +583,10 @@ def belly(s: Scene, organ: str) -> None:
     elif organ == "spleen":
         turn += 20
         part(SPLEEN, 0, 0.0, 0.7, 0.34, TENDON)
+        part(KIDNEY, 0.3, 0.52, 0.3, 0.14, TENDON)
 
 
-LIVER_WINDOW = {"liver", "gb", "cbd", "portal_vein", "ivc", "kidney", "pancreas", "spleen"}
+LIVER_WINDOW = {"liver", "gb", "cbd", "portal_vein", "ivc", "kidney", "pancreas"}
 PELVIC = ("bladder", "prostate", "uterine", "ovarian")
 
 DRAW: dict[str, Callable[[Scene], None]] = {

@@ -75,7 +75,7 @@ class Property(NamedTuple):
 PROPERTIES = {
     Tissue.AIR: Property(-1000, 1000, 10, 0.0, 2.5, 25.0, 0.1, 0.0),
     Tissue.FAT: Property(-100, 280, 80, 0.9, 0.30, 0.5, 1.38, 0.07),
-    Tissue.MUSCLE: Property(55, 950, 42, 0.8, 0.40, 0.8, 1.70, 0.12),
+    Tissue.MUSCLE: Property(55, 950, 42, 0.8, 0.28, 0.8, 1.70, 0.12),
     Tissue.CORTEX: Property(800, 1000, 2, 0.1, 1.0, 20.0, 6.0, 0.0),
     Tissue.MARROW: Property(220, 350, 65, 0.8, 0.3, 9.0, 4.0, 0.09),
     Tissue.ORGAN: Property(45, 850, 55, 0.8, 0.55, 0.6, 1.64, 0.06),
@@ -90,12 +90,12 @@ PROPERTIES = {
     Tissue.TENDON: Property(85, 600, 6, 0.5, 0.9, 1.5, 1.80, 0.05),
     Tissue.DISC: Property(85, 1000, 85, 0.8, 0.4, 1.5, 1.70, 0.08),
     Tissue.LUNG: Property(-850, 1000, 5, 0.15, 2.0, 15.0, 0.3, 0.25),
-    Tissue.BOWEL: Property(35, 900, 80, 0.8, 0.45, 1.0, 1.60, 0.2),
+    Tissue.BOWEL: Property(35, 900, 80, 0.8, 0.40, 0.7, 1.60, 0.2),
     Tissue.GLAND: Property(110, 900, 75, 0.85, 0.85, 0.7, 1.64, 0.05),
     Tissue.DENSE: Property(60, 900, 40, 0.7, 1.10, 0.9, 1.68, 0.10),
 }
 
-WINDOWS = {"lung": (-550.0, 1500.0), "abd": (50.0, 400.0)}
+WINDOWS = {"lung": (-450.0, 1300.0), "abd": (50.0, 400.0)}
 """Level and width of a CT window, in Hounsfield units."""
 
 WEIGHTINGS = {"T1": (520.0, 12.0), "T2": (4200.0, 90.0), "PD": (2800.0, 22.0)}
@@ -104,7 +104,7 @@ WEIGHTINGS = {"T1": (520.0, 12.0), "T2": (4200.0, 90.0), "PD": (2800.0, 22.0)}
 WATER = 0.19  # linear attenuation of water in 1/cm, near 70 keV
 VIEWS = 900  # projections of a CT rotation
 PIXEL_CM = {"lung": 0.17, "abd": 0.17}  # of a 224 px image, in CT
-DYNAMIC_RANGE = 58.0  # dB that an ultrasound picture shows
+DYNAMIC_RANGE = 55.0  # dB that an ultrasound picture shows
 FREQUENCY = 4.0  # MHz
 
 
@@ -146,7 +146,7 @@ def ct_numbers(
     a soft kernel. So noise grows with less dose, in the middle of a thick body and beside bone, as it should;
     streaks, beam hardening and the ramp filter's spectrum are left out.
     """
-    grain = 40 * (texture(labels, tissues, random) - 1) / 0.1
+    grain = 15 * (texture(labels, tissues, random) - 1) / 0.1
     clean = blur(tissues[:, 0][labels] + grain, 0.7)
     attenuation = WATER * np.maximum(1 + clean / 1000, 0)
     through_rows, through_columns = attenuation.sum(1) * pixel_cm, attenuation.sum(0) * pixel_cm
@@ -206,7 +206,8 @@ class Probe:
         if not self.half_angle:
             return np.broadcast_to(across, (depths, beams)), np.broadcast_to(along - 1, (depths, beams))
         angle, reach = across * self.half_angle, along + self.radius
-        return reach * np.sin(angle), reach * np.cos(angle) - self.radius - 1
+        x, y = reach * np.sin(angle), reach * np.cos(angle) - self.radius - 1
+        return x.astype(np.float32), y.astype(np.float32)
 
     def picture(self, scan: Floats, size: int) -> Floats:
         """A scan (D, B) drawn as a picture (size, size), linear between beams; 0 outside of the field of view."""
@@ -258,17 +259,17 @@ def us_envelope(labels: Bytes, tissues: Floats, probe: Probe, random: np.random.
     uneven = texture(labels, tissues, random)[rows, columns]
     impedance = ndimage.gaussian_filter1d(tissues[:, 6][seen], 1.0, axis=0, mode="nearest")
     step = np.abs(np.diff(impedance, axis=0, prepend=impedance[:1])) / impedance
-    amplitude = tissues[:, 4][seen] * uneven + 5.0 * np.minimum(step, 0.5)
+    amplitude = tissues[:, 4][seen] * uneven + 10.0 * np.minimum(step, 0.5)
     cm = probe.depth / 2 * probe.side_cm / len(seen)
     lost = np.cumsum(2 * probe.frequency * cm * (tissues[:, 5][seen] - 0.55), axis=0, dtype=np.float32)
     amplitude *= 10 ** (-np.clip(lost, -9, 80) / 20)
-    floor = np.float32(0.002) * np.hypot(*random.standard_normal((2, *seen.shape), np.float32))
-    return speckle(amplitude, random) + floor
+    floor = rician(np.zeros(seen.shape, np.float32), 0.002, random)
+    return np.add(speckle(amplitude.astype(np.float32), random), floor, dtype=np.float32)
 
 
 def compressed(envelope: Floats, gain: float = 0.0) -> Floats:
-    """An envelope as brightness, 0 at `DYNAMIC_RANGE` dB below an amplitude of 2.5 and 1 at it; `gain` in dB."""
-    return 1 + (20 * np.log10(np.maximum(envelope, 1e-6) / 2.5) + gain) / DYNAMIC_RANGE
+    """An envelope as brightness, 1 at an amplitude of 10 and 0 at `DYNAMIC_RANGE` dB below; `gain` in dB."""
+    return 1 + (20 * np.log10(np.maximum(envelope, 1e-6) / 10) + gain) / DYNAMIC_RANGE
 
 
 def quantised(brightness: Floats) -> Bytes:

@@ -131,5 +131,5 @@ def us(labels: Bytes, tissues: Floats, random: np.random.Generator, linear: bool
     else:
         probe = Probe(random.uniform(0.5, 0.66), random.uniform(0.35, 0.7), random.uniform(1.75, 1.9))
     envelope = physics.us_envelope(labels, tissues, probe, random)
-    bright = np.clip(physics.compressed(envelope, random.uniform(-4, 6)), 0, 1)
+    bright = np.clip(physics.compressed(envelope, random.uniform(0, 8)), 0, 1)
     return physics.quantised(probe.picture(bright, len(labels)))

@@ -70,9 +70,9 @@ def existing_set(place: Path, out: Path, recorded: Mapping[str, Any]) -> Manifes
     existing = Manifest.load(place)
     if existing.options == recorded:
         return existing
-    name = next(
-        name for name in [*recorded, *existing.options] if existing.options.get(name) != recorded.get(name)
-    )
+    # The source comes last: its digest is of the chosen images, so another seed changes it too.
+    names = sorted([*recorded, *existing.options], key=lambda name: name == "source")
+    name = next(name for name in names if existing.options.get(name) != recorded.get(name))
     other = "source" if name == "source" else f"{name}: {existing.options.get(name)}, not {recorded.get(name)}"
     raise InputError(
         f"{out} holds a shard set of another {other}: replace it with --overwrite, or name another --out"
