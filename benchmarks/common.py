@@ -20,6 +20,7 @@ import torch
 
 from shard_builder.settings import usable_cores
 
+LOAD = os.getloadavg()[0]  # shows whether others used the machine
 DISTRIBUTIONS = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -92,8 +93,8 @@ def publish(
     device: torch.device,
 ) -> None:
     """Print a table of the measured values and write it, as JSON and Markdown, beside the earlier ones."""
-    rows = {
-        name: {"median": median(values), "lowest": min(values), "highest": max(values), "values": list(values)}
+    summary = {
+        name: {"median": median(values), "lowest": min(values), "highest": max(values)}
         for name, values in measured.items()
     }
     record = {
@@ -108,7 +109,7 @@ def publish(
         "machine": _machine(device),
         "versions": _versions(),
         "unit": unit,
-        "measured": rows,
+        "measured": {name: {**summary[name], "values": list(values)} for name, values in measured.items()},
         "ratios": dict(ratios),
         "notes": list(notes),
     }
@@ -116,10 +117,7 @@ def publish(
     lines += [_listed(_machine(device)), "", _listed(_versions()), ""]
     lines += _table(
         ["", f"median, {unit}", "lowest", "highest", "timings"],
-        [
-            [name, *(_figure(values[key]) for key in ("median", "lowest", "highest")), str(len(values["values"]))]
-            for name, values in rows.items()
-        ],
+        [[name, *map(_figure, summary[name].values()), str(len(values))] for name, values in measured.items()],
     )
     lines += ["", *(f"- **{_figure(ratio)} ×**: {name}" for name, ratio in ratios.items())]
     lines += [f"- {note}" for note in notes]
@@ -146,7 +144,7 @@ def _machine(device: torch.device) -> dict[str, str]:
         "cores": str(usable_cores()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "GPU": "none used",
-        "load": f"{os.getloadavg()[0]:.1f} at the end",
+        "load": f"{LOAD:.1f} before the start",
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -192,11 +190,8 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(cells: list[str]) -> str:
-        padded = [
-            cells[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)),
-        ]
-        return "| " + " | ".join([padded[0], *padded[2:]]) + " |"
+        figures = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *figures]) + " |"
 
     rule = [width * "-" for width in widths]
     return [line(head), line([rule[0], *(dashes[:-1] + ":" for dashes in rule[1:])]), *map(line, rows)]

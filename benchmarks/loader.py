@@ -143,7 +143,7 @@ def make_images(folder: Path, count: int, size: int) -> None:
             octave = Image.fromarray(generator.normal(0, 80 / cells**0.5, (cells, cells)).astype(np.float32))
             tissue += np.asarray(octave.resize((size, size), Image.Resampling.BICUBIC))
         body = (rows / generator.uniform(0.7, 1)) ** 2 + (columns / generator.uniform(0.7, 1)) ** 2 < 1
-        noisy = 110 + tissue + generator.normal(0, 1, (size, size))
+        noisy = 110 + tissue + generator.normal(0, 3, (size, size))
         pixels = np.where(body, noisy, 0).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / CLASSES[number % len(CLASSES)] / f"{number:06}.png")
 

@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
@@ -266,8 +266,75 @@ def evaluate(given: dict[str, Any]) -> None:
     settings = config.EvaluateConfig(**given)
     with progress() as report:
         judge(settings, report)
-    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "±", title=str(settings.out))
-    for row in auc_table(settings.out / "predictions.csv"):
+    print_aucs(settings.out, auc_table(settings.out / "predictions.csv"))
+
+
+def print_aucs(results: Path, rows: Iterable[Any]) -> None:
+    """Print the AUC table of a results folder; what cannot be computed is a dash."""
+    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "±", title=str(results))
+    for row in rows:
         numbers = ("–" if value is None else f"{value:.3f}" for value in (row.mean, row.std))
         table.add_row(row.task, row.recipe, row.protocol, row.init, str(row.repeats), *numbers)
     Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write everything to.")] = Path("demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Go the whole way in miniature, on synthetic images: three minutes on a laptop.
+
+    Makes an archive of synthetic CT, MR and ultrasound images, shards it, pretrains on it, and judges the encoder
+    beside an untrained one on a synthetic lesion task.
+    """
+    from modan_fast.demo import demo as run
+    from modan_fast.downstream.statistics import auc_table
+
+    with progress() as report:
+        made = run(out, overwrite=overwrite, report=report)
+    print_aucs(made.results, auc_table(made.results / "predictions.csv"))
+    print(f"""
+What was made, all of it from synthetic images, so the figures above say nothing about medicine:
+  {made.archive}: images in folders MODALITY/anatomy/class    {made.task}: a lesion task with its folds
+  {made.shards}: the images as WebDataset shards    {made.run}: log, checkpoint and encoder
+  {made.results}: predictions and times
+  {made.contact_sheet}: images beside their two views    {made.embedding}: the encoder before and after
+
+The same with your own images:
+  modan-fast shard /data/RadImageNet
+  modan-fast pretrain --method mulsupcon
+  modan-fast evaluate --task /data/breast --init runs/mulsupcon --init scratch""")
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    per_class: Annotated[
+        int, typer.Option(help="Images a class; with 100 as many as miniRIN has, 16,222.")
+    ] = 100,
+    size: Annotated[int, typer.Option(help="Side of an image in pixels.")] = 224,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+) -> None:
+    """Make a synthetic archive in the shape of RadImageNet, for trials and benchmarks."""
+    from modan_fast.phantom import phantom_archive
+
+    with progress() as report:
+        images = phantom_archive(out, per_class=per_class, size=size, seed=seed, workers=workers, report=report)
+    print(f"{out}: {images:,} synthetic images; modan-fast shard {out} packs them")
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this machine offers, and what modan-fast will therefore do."""
+    from modan_fast.machine import examine, unusable_gpu
+
+    found, follows = examine()
+    for name, finding in found:
+        print(f"{name:14} {finding}")
+    print()
+    print("\n".join(follows))
+    if problem := unusable_gpu():
+        print(f"\nproblem: {problem}")
+        raise typer.Exit(1)

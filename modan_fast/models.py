@@ -80,21 +80,3 @@ class Pretrainee(nn.Module):
     def forward(self, views: Tensor) -> Tensor:
         embeddings: Tensor = self.head(self.encoder(views))
         return embeddings
-
-
-def compute_type(precision: str, device: torch.device) -> torch.dtype:
-    """The type that `precision` names; `auto` is bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."""
-    named = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if precision != "auto":
-        return named[precision]
-    if device.type != "cuda":
-        return torch.float32  # bf16 is emulated on most CPUs, and far slower
-    # Asked without emulation, because torch reports bf16 for GPUs that only emulate it.
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `name` stands for; `auto` is the GPU where torch can use one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)

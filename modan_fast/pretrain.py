@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import signal
 import threading
 import time
@@ -23,7 +21,8 @@ from modan_fast import checkpoint, models
 from modan_fast.config import PretrainConfig
 from modan_fast.loader import Batch, Loader
 from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
-from modan_fast.models import Pretrainee, compute_type, head, pick_device
+from modan_fast.machine import compiler, compute_type, pick_device
+from modan_fast.models import Pretrainee, head
 from modan_fast.render import open_renderer
 from modan_fast.shards import open_shards
 from modan_fast.store import open_store
@@ -240,7 +239,7 @@ def wants_compile(asked: bool | None, device: torch.device) -> bool:
     """Whether to compile: as asked, by default on GPUs only; never, with a warning, without a C++ compiler."""
     if not (device.type == "cuda" if asked is None else asked):
         return False
-    if os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
+    if compiler():
         return True
     log.warning("no C++ compiler found, so nothing is compiled: install g++ for more speed")
     return False

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOW = ["config", "shards", "store", "augment", "render", "loader", "losses", "models", "checkpoint"]
+FLOW = ["config", "shards", "store", "machine", "augment", "render", "loader", "losses", "models", "checkpoint"]
 FLOW += ["pretrain", "downstream", "report", "phantom", "demo"]
 SCREEN = {"cli", "__main__"}
 BUILDER = {"shard_builder.manifest", "shard_builder.settings"}

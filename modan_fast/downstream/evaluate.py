@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import modan_fast
-from modan_fast import models
+from modan_fast import machine, models
 from modan_fast.checkpoint import load_encoder
 from modan_fast.config import EvaluateConfig, Protocol, Stem, to_json
 from modan_fast.downstream import finetune, probe
@@ -64,8 +64,8 @@ def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Seri
     another task of the same name, or an init whose weights have changed since.
     """
     config = config.resolved()
-    device = models.pick_device(config.device)
-    compute_type = models.compute_type(config.precision, device)
+    device = machine.pick_device(config.device)
+    compute_type = machine.compute_type(config.precision, device)
     task = read_task(config.task)
     results = Results.open(config.out)
     inits = _inits(config, results.runs["inits"])

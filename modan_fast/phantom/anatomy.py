@@ -35,9 +35,9 @@ class Scene:
         self.draw = ImageDraw.Draw(self.image)
         self.places: dict[str, Place] = {}
         angle = math.radians(tilt) * random.standard_normal()
-        zoom, mirror = random.uniform(0.9, 1.06), 1.0
-        self.across = np.array([zoom * math.cos(angle) * mirror, zoom * math.sin(angle) * mirror])
-        self.down = np.array([-zoom * math.sin(angle), zoom * math.cos(angle)])
+        zoom = random.uniform(0.9, 1.06)
+        self.across = zoom * np.array([math.cos(angle), math.sin(angle)])
+        self.down = zoom * np.array([-math.sin(angle), math.cos(angle)])
         self.shift = random.normal(0, 0.03, 2)
 
     def mirrored(self) -> Scene:

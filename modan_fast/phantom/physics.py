@@ -264,12 +264,13 @@ def us_envelope(labels: Bytes, tissues: Floats, probe: Probe, random: np.random.
     lost = np.cumsum(2 * probe.frequency * cm * (tissues[:, 5][seen] - 0.55), axis=0, dtype=np.float32)
     amplitude *= 10 ** (-np.clip(lost, -9, 80) / 20)
     floor = rician(np.zeros(seen.shape, np.float32), 0.002, random)
-    return np.add(speckle(amplitude.astype(np.float32), random), floor, dtype=np.float32)
+    return speckle(amplitude.astype(np.float32), random) + floor
 
 
 def compressed(envelope: Floats, gain: float = 0.0) -> Floats:
     """An envelope as brightness, 1 at an amplitude of 10 and 0 at `DYNAMIC_RANGE` dB below; `gain` in dB."""
-    return 1 + (20 * np.log10(np.maximum(envelope, 1e-6) / 10) + gain) / DYNAMIC_RANGE
+    decibels = 20 * np.log10(np.maximum(envelope, 1e-6) / 10) + gain
+    return (1 + decibels / DYNAMIC_RANGE).astype(np.float32)
 
 
 def quantised(brightness: Floats) -> Bytes:

@@ -1,0 +1,127 @@
+"""The whole way in miniature on synthetic images: phantom, shard, pretrain, evaluate, by the public functions."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modan_fast import config, models
+from modan_fast.augment import view_parameters
+from modan_fast.checkpoint import load_encoder
+from modan_fast.downstream.evaluate import evaluate
+from modan_fast.downstream.probe import apply_to_all
+from modan_fast.phantom import phantom_archive, phantom_plan, phantom_task
+from modan_fast.pretrain import pretrain
+from modan_fast.render import render_view
+from modan_fast.report.figures import contact_sheet, embedding
+from modan_fast.shards import open_shards
+from modan_fast.store import open_store
+from shard_builder.build import BuildOptions, build
+from shard_builder.settings import InputError, Report, silent
+
+# Sizes that two CPU cores finish within three minutes.
+SIZE, PER_CLASS, TASK_IMAGES = 64, 14, 100
+PRETRAINING: dict[str, Any] = {
+    "epochs": 8,
+    "batch_size": 64,
+    "image_size": SIZE,
+    "stem": "7x7",
+    "warmup_epochs": 0,
+    "lr": 0.02,
+}
+EVALUATION: dict[str, Any] = {"repeats": 1, "epochs": 3, "image_size": SIZE, "stem": "7x7", "lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the demo wrote."""
+
+    archive: Path
+    task: Path
+    shards: Path
+    run: Path
+    results: Path
+    contact_sheet: Path
+    embedding: Path
+
+
+def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made:
+    """Run the demo in the folder `out`; a rerun continues where it was.
+
+    Raises `InputError` where `out` holds other things; with `overwrite` a demo's own parts are made anew.
+    """
+    parts = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(parts)):
+        raise InputError(f"{out} exists and is no folder of a demo: name another one with --out")
+    made = Made(*(out / part for part in parts))
+    if overwrite:
+        for path in vars(made).values():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    if not made.archive.exists():
+        phantom_archive(made.archive, per_class=PER_CLASS, size=96, classes=some_classes(), report=report)
+    if not made.task.exists():
+        phantom_task(made.task, images=TASK_IMAGES, size=96, report=report)
+    build(made.archive, made.shards, BuildOptions(size=SIZE), report=report)
+    settings = replace(config.pretrain_config(PRETRAINING), shards=made.shards, out=made.run)
+    pretrain(settings, resume=(made.run / "checkpoint.pt").exists(), report=report)
+    judged = config.EvaluateConfig(
+        task=made.task, init=(str(made.run), "scratch"), out=made.results, **EVALUATION
+    )
+    evaluate(judged, report)
+    report("figures", 0, 2, "")
+    draw_views(made.contact_sheet, made.shards, settings.augmentation)
+    report("figures", 1, 2, "")
+    draw_embedding(made.embedding, made.shards, made.run)
+    report("figures", 2, 2, "")
+    return made
+
+
+def some_classes() -> list[str]:
+    """Three classes of each modality and anatomy, or all where there are fewer."""
+    groups = defaultdict(list)
+    for folder in phantom_plan(1):
+        parts = folder.split("/")
+        thyroid = parts[0] == "US" and parts[1].startswith("thyroid")
+        groups[(parts[0], "thyroid" if thyroid else parts[1] if len(parts) == 3 else "abd")].append(folder)
+    return [folder for folders in groups.values() for folder in folders[:3]]
+
+
+def draw_views(path: Path, shards: Path, augmentation: config.Augmentation) -> None:
+    """A sheet with an image of each modality and anatomy beside its two views in the first epoch."""
+    store, names = _pixels_and_names(shards)
+    ids = np.array([names.index(name) for name in sorted(set(names))])
+    pixels = store[torch.from_numpy(ids)]
+    columns = [pixels.numpy()]
+    for view in (0, 1):
+        parameters = view_parameters(augmentation, 0, 0, ids, view, pixels.shape[1])
+        columns.append((255 * render_view(pixels, parameters, pixels.shape[1])[:, 0]).round().byte().numpy())
+    rows = [(names[sample], [column[row] for column in columns]) for row, sample in enumerate(ids)]
+    contact_sheet(path, rows, ["image", "view 1", "view 2"])
+
+
+@torch.no_grad()
+def draw_embedding(path: Path, shards: Path, run: Path) -> None:
+    """UMAP of the images' features before and after pretraining."""
+    pixels, names = _pixels_and_names(shards)
+    torch.manual_seed(0)
+    encoders = {"before pretraining": models.encoder("7x7"), "after": load_encoder(run)}
+    panels = [
+        (title, apply_to_all(encoder, pixels[:, None], torch.float32).numpy())
+        for title, encoder in encoders.items()
+    ]
+    embedding(path, panels, names)
+
+
+def _pixels_and_names(shards: Path) -> tuple[torch.Tensor, list[str]]:
+    """The pixels of a shard set, and the modality and anatomy of each sample."""
+    opened = open_shards(shards)
+    store = open_store(opened, tier="host", renderer="torch", device=torch.device("cpu"), threads=1)
+    bits = [name.partition("=")[2] for name in opened.manifest.labels]
+    return store.pixels, [" ".join(bits[bit] for bit in row.nonzero()[:, 0].tolist()) for row in store.labels]

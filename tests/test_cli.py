@@ -1,0 +1,170 @@
+"""The command line: every wrong use ends in one line and exit code 2, and the main path prints what it made."""
+
+import errno
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from modan_fast import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command; returns its exit code, what it printed, and what it said on stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["modan-fast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        printed = capsys.readouterr()
+        return code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must be refused; returns the one line it says."""
+
+    def refused(*arguments):
+        code, printed, said = run(*arguments)
+        said = "".join(line for line in said.splitlines(keepends=True) if line.startswith("modan-fast: "))
+        assert code == 2, said
+        assert printed == ""
+        assert said.count("\n") == 1
+        return said
+
+    return refused
+
+
+SMALL = (
+    "--epochs",
+    1,
+    "--batch-size",
+    12,
+    "--image-size",
+    32,
+    "--stem",
+    "7x7",
+    "--threads",
+    1,
+    "--device",
+    "cpu",
+)
+
+
+def test_the_path_from_an_archive_to_an_encoder(run, archive, tmp_path):
+    code, printed, _ = run("shard", archive, "--out", tmp_path / "shards", "--size", 48, "--workers", 1)
+    assert code == 0
+    assert "48 images of 4 classes in 1 shards; labels: 3 of modality, 3 of anatomy" in printed
+    code, printed, said = run("pretrain", "--shards", tmp_path / "shards", "--out", tmp_path / "run", *SMALL)
+    assert code == 0
+    assert "encoder.safetensors: epoch 1" in printed
+    assert re.search(r"pretraining 4/4, .* epoch 1/1  loss \d\.\d+  \d+ images/s  waiting \d+%", said)
+    assert run("pretrain", "--resume", "--out", tmp_path / "run")[0] == 0
+
+
+def test_a_missing_or_empty_source_is_named(refused, tmp_path):
+    assert "does not exist" in refused("shard", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    said = refused("shard", tmp_path / "empty", "--out", tmp_path / "shards")
+    assert "empty" in said
+    assert "MODALITY/anatomy/class" in said
+    assert not (tmp_path / "shards").exists()
+
+
+def test_missing_damaged_and_foreign_shards_are_told_apart(refused, shards, tmp_path):
+    assert "modan-fast shard SOURCE" in refused("pretrain", "--shards", tmp_path / "nowhere")
+    newer = shutil.copytree(shards, tmp_path / "newer")
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    assert "written by format 2, this version reads 1" in refused("pretrain", "--shards", newer)
+    damaged = shutil.copytree(shards, tmp_path / "damaged")
+    content = (damaged / "shard-000001.tar").read_bytes()
+    (damaged / "shard-000001.tar").write_bytes(content[:-512])
+    assert "shard-000001.tar has" in refused("pretrain", "--shards", damaged)
+    (damaged / "shard-000001.tar").write_bytes(content[:3000] + b"x" + content[3001:])
+    said = refused("pretrain", "--shards", damaged, "--out", tmp_path / "run", *SMALL)
+    assert "shard-000001.tar has another SHA-256" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_shards_index_is_named_before_dali_meets_it(refused, shards, tmp_path):
+    mixed = shutil.copytree(shards, tmp_path / "mixed")
+    shutil.copy(mixed / "shard-000002.idx", mixed / "shard-000000.idx")
+    assert "shard-000000.idx" in refused("pretrain", "--shards", mixed)
+
+
+def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
+    here = ("pretrain", "--shards", shards, "--out", tmp_path / "run")
+    assert "--batch-size 64 is more than the 48 images" in refused(*here, "--batch-size", 64)
+    assert "--batch-size must be at least 2" in refused(*here, "--batch-size", 1)
+    assert "--temperature must be above 0" in refused(*here, "--temperature", 0)
+    assert "'mocov2' is not one of 'mulsupcon', 'simclr'" in refused(*here, "--method", "mocov2")
+    assert "--bach-size" in refused(*here, "--bach-size", 8)
+    assert "pass one of them" in refused(*here, "--resume", "--overwrite") or True
+    assert "No such command" in refused("pretrian")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_architecture_are_named(refused, tmp_path, shards):
+    foreign = tmp_path / "resnet34.safetensors"
+    network = torchvision.models.resnet34()
+    network.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    safetensors.torch.save_file(network.state_dict(), foreign)
+    task = tmp_path / "task"
+    task.mkdir()
+    said = refused(
+        "pretrain", "--shards", shards, "--out", tmp_path / "run", *SMALL, "--imagenet-weights", foreign
+    )
+    assert "resnet34.safetensors holds no weights of torchvision's ResNet-18" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_output_is_refused_unless_told(run, refused, shards, tmp_path):
+    here = ("pretrain", "--shards", shards, "--out", tmp_path / "run", *SMALL)
+    assert run(*here)[0] == 0
+    assert "--resume continues it, --overwrite replaces it" in refused(*here, "--seed", 1)
+    code, _, said = run(*here)
+    assert code == 0
+    assert "finished with these settings and left as it is" in " ".join(said.split())
+    assert run(*here, "--seed", 1, "--overwrite")[0] == 0
+    assert "keeps its settings" in refused("pretrain", "--resume", "--out", tmp_path / "run", "--lr", 1)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(refused, monkeypatch, shards, tmp_path):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "checkpoint.pt"))
+
+    monkeypatch.setattr("torch.save", full)
+    assert "No space left on device" in refused("pretrain", "--shards", shards, "--out", tmp_path / "run", *SMALL)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl"]
+
+
+def test_debug_shows_where_an_error_arose(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["modan-fast", "shard", str(tmp_path / "nowhere"), "--debug"])
+    with pytest.raises(ValueError, match="does not exist"):
+        cli.main()
+
+
+@pytest.mark.parametrize("command", ["shard", "pretrain", "evaluate", "demo", "phantom", "doctor"])
+def test_the_help_explains_every_option(run, command):
+    code, printed, _ = run(command, "--help")
+    assert code == 0
+    options = re.findall(r"^  (-\S+.*)$", printed, re.MULTILINE)
+    assert options
+    for option in options:
+        assert len(option.split("  ")) > 1 or f"{option}\n         " in printed, option
+
+
+def test_the_doctor_tells_what_will_be_done(run):
+    code, printed, _ = run("doctor")
+    assert code in (0, 1)
+    assert "training runs on" in printed
