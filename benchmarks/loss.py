@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -24,16 +25,26 @@ TEMPERATURE, THRESHOLD = 0.07, 0.3
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def published_loss(embeddings_VD: Tensor, labels_NK: Tensor) -> Tensor:
+def stacked(a_K: Tensor, b_K: Tensor) -> Tensor:
+    """Jaccard similarity of two label sets as public multi-label SupCon code has it, over a stacked pair."""
+    pair_2K = torch.stack([a_K, b_K])
+    return torch.min(pair_2K, dim=0).values.sum() / torch.max(pair_2K, dim=0).values.sum()
+
+
+def elementwise(a_K: Tensor, b_K: Tensor) -> Tensor:
+    """The same with as few tensor operations as it can be written with."""
+    return torch.min(a_K, b_K).sum() / torch.max(a_K, b_K).sum()
+
+
+def published_loss(
+    embeddings_VD: Tensor, labels_NK: Tensor, similarity: Callable[[Tensor, Tensor], Tensor] = stacked
+) -> Tensor:
     """Eq. 3 of ModAn-MulSupCon with the Jaccard matrix filled pair by pair; V = 2N views of N images."""
     images = len(labels_NK)
     overlap_NN = torch.zeros(images, images, device=labels_NK.device)
     for i in range(images):
         for j in range(images):
-            pair_2K = torch.stack([labels_NK[i], labels_NK[j]])
-            both = torch.min(pair_2K, dim=0).values.sum()
-            either = torch.max(pair_2K, dim=0).values.sum()
-            overlap_NN[i, j] = both / either
+            overlap_NN[i, j] = similarity(labels_NK[i], labels_NK[j])
     z_VD = F.normalize(embeddings_VD, dim=1)
     weight_VV = overlap_NN.repeat(2, 2)
     others_VV = 1 - torch.eye(2 * images, device=labels_NK.device)
@@ -44,12 +55,14 @@ def published_loss(embeddings_VD: Tensor, labels_NK: Tensor) -> Tensor:
     return -((positive_VV * weight_VV * log_softmax_VV).sum(1) / positive_VV.sum(1)).mean()
 
 
-def published_on_one_thread(embeddings_VD: Tensor, labels_NK: Tensor) -> Tensor:
+def published_on_one_thread(
+    embeddings_VD: Tensor, labels_NK: Tensor, similarity: Callable[[Tensor, Tensor], Tensor] = stacked
+) -> Tensor:
     """`published_loss`, without the threads that only hinder it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return published_loss(embeddings_VD, labels_NK)
+        return published_loss(embeddings_VD, labels_NK, similarity)
     finally:
         torch.set_num_threads(threads)
 
@@ -80,6 +93,10 @@ def main() -> None:
     baselines: dict[str, tuple[Loss, int]] = {"published": (published_loss, 1)}
     if device.type == "cpu":
         baselines["published, on one thread"] = published_on_one_thread, 1
+        baselines["the same, fewest operations, on one thread"] = (
+            partial(published_on_one_thread, similarity=elementwise),
+            1,
+        )
     candidates: dict[str, tuple[Loss, int]] = {"ours": (ours, arguments.repeats)}
     if arguments.compile:
         candidates["ours, compiled"] = torch.compile(ours, dynamic=False), arguments.repeats

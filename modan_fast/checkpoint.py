@@ -179,7 +179,7 @@ def load_encoder(source: Path) -> ResNet:
     """
     path = source / "encoder.safetensors" if source.is_dir() else source
     if not path.is_file():
-        raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, or scratch")
+        raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, scratch or imagenet")
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:

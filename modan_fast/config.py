@@ -170,7 +170,9 @@ class EvaluateConfig:
     """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training."""
 
     task: Path = option(Path("task"), "Task folder: images and dataframe/*_{train,val,test}_fold{1..5}.csv.")
-    init: tuple[str, ...] = option((), "Encoder to judge: a run folder, an encoder file, or scratch. Repeatable.")
+    init: tuple[str, ...] = option(
+        (), "Encoder to judge: a run folder, an encoder file, scratch, or imagenet. Repeatable."
+    )
     protocol: tuple[Protocol, ...] = option(("finetune", "probe"), "Protocol; both by default. Repeatable.")
     recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
     out: Path = option(Path("results"), "Results folder to write.")
@@ -180,7 +182,8 @@ class EvaluateConfig:
     image_size: int = option(224, "Side of an image in pixels.")
     lr: float = option(1e-4, "Learning rate of Adam; divided by ten after every five epochs.")
     probe_lr: float | None = option(None, "The same of the probe; by default lr, or 1e-3 in released-code.")
-    stem: Stem | None = option(None, "First convolution of `scratch`; the recipe's by default.")
+    stem: Stem | None = option(None, "First convolution of `scratch` and `imagenet`; the recipe's by default.")
+    imagenet_weights: Path | None = option(None, "File of the weights of `imagenet`; torchvision's by default.")
     seed: int = option(0, "Seed of initial weights and batch order.")
     device: Device = option("auto", "Where to train; a GPU if there is one.")
     precision: Precision = option(

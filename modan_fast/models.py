@@ -63,10 +63,16 @@ def start_from_imagenet(encoder: ResNet, weights: Mapping[str, Tensor], *, sum_f
         given["conv1.weight"] = first
     else:
         given["conv1.weight"] = wanted["conv1.weight"]
-    # Weights from before torch 0.4.1 do not count batches; nothing here reads the count.
-    encoder.load_state_dict(
-        {key: given.get(key, wanted[key]) if "num_batches" in key else given[key] for key in wanted}
-    )
+    for key in wanted.keys() - given.keys():
+        # Weights from before torch 0.4.1 do not count batches; nothing here reads the count.
+        if key.endswith("num_batches_tracked"):
+            given[key] = wanted[key]
+    try:
+        encoder.load_state_dict(given)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{len(wanted.keys() ^ given.keys())} tensors have other names, or shapes differ"
+        ) from error
 
 
 class Pretrainee(nn.Module):

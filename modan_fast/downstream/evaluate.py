@@ -18,7 +18,7 @@ from torch import Tensor
 
 import modan_fast
 from modan_fast import machine, models
-from modan_fast.checkpoint import load_encoder
+from modan_fast.checkpoint import load_encoder, load_imagenet
 from modan_fast.config import EvaluateConfig, Protocol, Stem, to_json
 from modan_fast.downstream import finetune, probe
 from modan_fast.downstream.results import Results, Series, auc, read_json
@@ -26,6 +26,7 @@ from modan_fast.downstream.tasks import Cell, Task, decode, read_task
 from shard_builder.settings import InputError, Report, silent
 
 SHAPING = ("image_size", "epochs", "batch_size", "lr", "probe_lr", "stem", "seed")  # settings that shape a score
+FRESH = ("scratch", "imagenet")  # inits that are no run of ours
 PRECISIONS = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -156,12 +157,15 @@ def _train(
 def _inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
     """The inits of `config`, loaded. One is named as its folder or, where that name is taken, as it was given."""
     assert config.stem is not None
-    paths = {text: _encoder_file(text) for text in config.init if text != "scratch"}
+    paths = {text: _encoder_file(text) for text in config.init if text not in FRESH}
     digests = {text: hashlib.sha256(path.read_bytes()).hexdigest() for text, path in paths.items()}
     inits: dict[str, Init] = {}
     for text in config.init:
         if text == "scratch":
             inits[text] = Init(text, config.stem)
+            continue
+        if text == "imagenet":
+            inits[text] = _imagenet(config)
             continue
         path, sha256, name = paths[text], digests[text], _short_name(paths[text])
         if name in known:
@@ -169,7 +173,7 @@ def _inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
             taken = known[name].get("sha256") != sha256 and known[name].get("path") != str(path)
         else:
             taken = any(_short_name(paths[other]) == name and digests[other] != sha256 for other in paths)
-        if taken or name == "scratch":
+        if taken or name in FRESH:
             name = text
         encoder = load_encoder(path)
         if encoder.conv1.in_channels != 1:
@@ -180,12 +184,23 @@ def _inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
     return list(inits.values())
 
 
+def _imagenet(config: EvaluateConfig) -> Init:
+    """The init `imagenet`; what its stem has at random is drawn from the seed, and so the same in all cells."""
+    assert config.stem is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        encoder = load_imagenet(config.imagenet_weights, config.stem, sum_filters=config.recipe == "paper")
+    state = encoder.state_dict()
+    digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
+    return Init("imagenet", config.stem, state, config.imagenet_weights or Path("torchvision"), digest)
+
+
 def _encoder_file(text: str) -> Path:
     """The file, as an absolute path, that holds the weights of a run folder or is itself named."""
     path = Path(text).resolve()
     path = path / "encoder.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, or scratch")
+        raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, scratch or imagenet")
     return path
 
 
