@@ -295,7 +295,8 @@ def demo(
         made = run(out, overwrite=overwrite, report=report)
     print_aucs(made.results, auc_table(made.results / "predictions.csv"))
     print(f"""
-What was made, all of it from synthetic images, so the figures above say nothing about medicine:
+These figures say nothing about medicine: the images are drawn, and so short a training hardly moves them.
+What was made:
   {made.archive}: images in folders MODALITY/anatomy/class    {made.task}: a lesion task with its folds
   {made.shards}: the images as WebDataset shards    {made.run}: log, checkpoint and encoder
   {made.results}: predictions and times

@@ -26,7 +26,7 @@ from shard_builder.build import BuildOptions, build
 from shard_builder.settings import InputError, Report, silent
 
 # Sizes that two CPU cores finish within three minutes.
-SIZE, PER_CLASS, TASK_IMAGES = 64, 14, 100
+SIZE, PER_CLASS, TASK_IMAGES = 64, 14, 160
 PRETRAINING: dict[str, Any] = {
     "epochs": 8,
     "batch_size": 64,

@@ -1,0 +1,40 @@
+"""The demo goes the whole way and can be repeated."""
+
+import pytest
+from PIL import Image
+
+from modan_fast import demo as module
+from modan_fast.checkpoint import finished_epochs
+from modan_fast.demo import demo
+from modan_fast.downstream.statistics import auc_table
+from shard_builder.settings import InputError
+
+
+def test_the_demo_leaves_every_part_and_continues_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SIZE", 32)
+    monkeypatch.setattr(module, "PER_CLASS", 2)
+    monkeypatch.setattr(module, "TASK_IMAGES", 40)
+    small = {"batch_size": 32, "image_size": 32}
+    monkeypatch.setattr(module, "PRETRAINING", {**module.PRETRAINING, **small, "epochs": 1})
+    monkeypatch.setattr(module, "EVALUATION", {**module.EVALUATION, "image_size": 32, "epochs": 1})
+    made = demo(tmp_path / "demo")
+    for path in vars(made).values():
+        assert path.exists(), path
+    assert finished_epochs(made.run) == 1
+    assert {(row.init, row.protocol) for row in auc_table(made.results / "predictions.csv")} == {
+        (init, protocol) for init in ("run", "scratch") for protocol in ("finetune", "probe")
+    }
+    for picture in (made.contact_sheet, made.embedding):
+        assert min(Image.open(picture).size) > 300
+    before = {
+        path: path.stat().st_mtime_ns for path in (made.run, made.results / "predictions.csv", made.archive)
+    }
+    assert demo(tmp_path / "demo") == made
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_folder_that_is_no_demo_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="is no folder of a demo"):
+        demo(tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").exists()
