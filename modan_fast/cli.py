@@ -62,8 +62,8 @@ def main() -> None:
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
-def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a command an option for each field of the dataclass `settings`, in front of those that it declares.
+def options_of(settings: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a command an option for each field of the dataclass `settings`, after those that it declares itself.
 
     An option's help, type and default are the field's. The command gets only what the user named, as `given`.
     """
@@ -72,7 +72,7 @@ def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable[[Callable
         kinds = typing.get_type_hints(settings)
         options = []
         for field in fields(settings):
-            if field.name in skip or field.metadata.get("hidden"):
+            if field.metadata.get("hidden"):
                 continue
             kind = kinds[field.name]
             if typing.get_origin(kind) is tuple:
@@ -112,12 +112,11 @@ def options_of(settings: type, skip: tuple[str, ...] = ()) -> Callable[[Callable
 
 def _default_note(field: Field[Any]) -> str:
     """What the help says of a default; the command itself is told only what the user named."""
-    if field.default in (None, ()) or isinstance(field.default, bool):
-        value = {True: "on", False: "off"}.get(field.default, "")
-    else:
-        value = str(field.default)
-    if not value:
+    value = field.default
+    if value is None or value == ():
         return ""
+    if isinstance(value, bool):
+        value = "on" if value else "off"
     return f"  [default: {value}{', by the recipe' if field.metadata.get('recipe') else ''}]"
 
 
@@ -247,7 +246,9 @@ def pretrain(
         with progress() as report:
             run = train(settings, resume=resume, overwrite=overwrite, report=report)
     except KeyboardInterrupt:
-        print(f"modan-fast: stopped; {settings.run} is saved, --resume continues it", file=sys.stderr)
+        saved = (settings.run / "checkpoint.pt").exists()
+        state = f"{settings.run} is saved, --resume continues it" if saved else "nothing was trained yet"
+        print(f"modan-fast: stopped; {state}", file=sys.stderr)
         raise
     print(f"{run / 'encoder.safetensors'}: epoch {checkpoint.finished_epochs(run)}")
 
