@@ -35,7 +35,7 @@ PRETRAINING: dict[str, Any] = {
     "warmup_epochs": 0,
     "lr": 0.02,
 }
-EVALUATION: dict[str, Any] = {"repeats": 1, "epochs": 3, "image_size": SIZE, "stem": "7x7", "lr": 1e-3}
+EVALUATION: dict[str, Any] = {"repeats": 1, "epochs": 6, "image_size": SIZE, "stem": "7x7", "lr": 1e-3}
 
 
 @dataclass(frozen=True)

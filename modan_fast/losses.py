@@ -26,15 +26,19 @@ def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Te
     always weighs 1. The sum over an anchor's positives is divided by their count (Eq. 3 of ModAn-MulSupCon;
     Eq. 2 of Khosla et al. 2020 where all weights are 1).
     """
-    views = len(embeddings_VD)
-    itself_VV = torch.eye(views, dtype=torch.bool, device=embeddings_VD.device)
-    weight_VV = weight_NN.clone().fill_diagonal_(1).tile(2, 2).masked_fill(itself_VV, 0)
+    # Only the softmax needs all pairs of views. What pulls an anchor a to its positives p is
+    # sum w_ap z_a.z_p = z_a . sum w_ap z_p, and w is the same for all four pairs of views of two images.
     z_VD = F.normalize(embeddings_VD, dim=1)
-    logits_VV = z_VD @ z_VD.T / temperature
-    log_total_V = logits_VV.masked_fill(itself_VV, -torch.inf).logsumexp(1)
-    # log softmax summed over the positives, without the -inf that it has at the anchor itself
-    pull_V = (weight_VV * logits_VV).sum(1) - weight_VV.sum(1) * log_total_V
-    return -(pull_V / (weight_VV > 0).sum(1)).mean()
+    logits_VV = (z_VD / temperature) @ z_VD.T
+    log_total_V = logits_VV.fill_diagonal_(-torch.inf).logsumexp(1)
+    weight_NN = weight_NN.clone().fill_diagonal_(1)
+    first_ND, second_ND = z_VD.chunk(2)
+    pulled_ND = weight_NN @ (first_ND + second_ND)
+    # Each sum holds the anchor itself, with weight 1 and similarity 1, and so is 1 too large.
+    pull_V = ((z_VD * pulled_ND.repeat(2, 1)).sum(1) - (z_VD * z_VD).sum(1)) / temperature
+    total_N = 2 * weight_NN.sum(1) - 1
+    count_N = 2 * (weight_NN > 0).sum(1) - 1
+    return ((total_N.repeat(2) * log_total_V - pull_V) / count_N.repeat(2)).mean()
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
