@@ -207,7 +207,10 @@ class DaliRenderer:
         """See `Renderer.collect`."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         outputs = self._pipeline.share_outputs(cuda_stream=stream)
-        # `cat` copies, so the pipeline may have its buffers back.
-        levels = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])
+        levels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        count, *shape = levels[0].shape
+        views = torch.empty((count * len(levels), *shape), dtype=self.dtype, device=self.device)
+        for part, of_view in zip(views.split(count), levels, strict=True):
+            part.copy_(of_view)  # so the pipeline may have its buffers back
         self._pipeline.release_outputs()
-        return levels.to(self.dtype).div_(255).permute(0, 3, 1, 2)
+        return views.mul_(1 / 255).permute(0, 3, 1, 2)
