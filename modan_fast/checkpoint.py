@@ -50,18 +50,16 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
     Raises `InputError` where it holds anything else and neither `resume` nor `overwrite` says what is to be
     done with it, and where a run cannot be resumed.
     """
-    run, path = config.run, config.run / "config.json"
+    run = config.run
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it: pass one of them")
-    if not path.exists():
-        if resume:
-            raise InputError(f"no run to resume at {run}: leave out --resume to start one")
+    if not resume and not (run / "config.json").exists():
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise InputError(f"{run} exists and is no run folder: name another one with --out")
         return False
+    written = _written(run)
     if overwrite:
         return False
-    written = _read_json(path)
     if resume and written["shards"]["fingerprint"] != shards.fingerprint:
         raise InputError(
             f"{shards.folder} is not the shard set that {run} was started with: name that one with --shards"
@@ -83,10 +81,7 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
 
     Raises `InputError` where there is no run, or where another setting is given a new value.
     """
-    path = run / "config.json"
-    if not path.exists():
-        raise InputError(f"no run to resume at {run}: leave out --resume to start one")
-    config = from_json(PretrainConfig, _read_json(path)["settings"])
+    config = from_json(PretrainConfig, _written(run)["settings"])
     for name, value in given.items():
         fixed = name not in MAY_CHANGE_ON_RESUME or (name == "epochs" and config.schedule == "cosine")
         if fixed and value != getattr(config, name):
@@ -225,8 +220,20 @@ def load_imagenet(path: Path | None, stem: Stem, *, sum_filters: bool) -> ResNet
     return encoder
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; `InputError` where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}): restore it, or start anew with --overwrite") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is no readable JSON object ({error}): restore it, or move it away") from error
+
+
+def _written(run: Path) -> dict[str, Any]:
+    """What `begin` wrote of the run in `run`; `InputError` where there is none."""
+    path = run / "config.json"
+    if not path.exists():
+        raise InputError(f"no run to resume at {run}: leave out --resume to start one")
+    written = read_json(path)
+    if not {"settings", "shards"} <= written.keys():
+        raise InputError(f"{run} exists and is no run folder: its config.json is of another program")
+    return written

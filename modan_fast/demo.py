@@ -76,9 +76,10 @@ def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made
     )
     evaluate(judged, report)
     report("figures", 0, 2, "")
-    draw_views(made.contact_sheet, made.shards, settings.augmentation)
+    pixels, names = _pixels_and_names(made.shards)
+    draw_views(made.contact_sheet, pixels, names, settings.augmentation)
     report("figures", 1, 2, "")
-    draw_embedding(made.embedding, made.shards, made.run)
+    draw_embedding(made.embedding, pixels, names, made.run)
     report("figures", 2, 2, "")
     return made
 
@@ -93,11 +94,10 @@ def some_classes() -> list[str]:
     return [folder for folders in groups.values() for folder in folders[:3]]
 
 
-def draw_views(path: Path, shards: Path, augmentation: config.Augmentation) -> None:
+def draw_views(path: Path, pixels: torch.Tensor, names: list[str], augmentation: config.Augmentation) -> None:
     """A sheet with an image of each modality and anatomy beside its two views in the first epoch."""
-    store, names = _pixels_and_names(shards)
     ids = np.array([names.index(name) for name in sorted(set(names))])
-    pixels = store[torch.from_numpy(ids)]
+    pixels = pixels[torch.from_numpy(ids)]
     columns = [pixels.numpy()]
     for view in (0, 1):
         parameters = view_parameters(augmentation, 0, 0, ids, view, pixels.shape[1])
@@ -107,9 +107,8 @@ def draw_views(path: Path, shards: Path, augmentation: config.Augmentation) -> N
 
 
 @torch.no_grad()
-def draw_embedding(path: Path, shards: Path, run: Path) -> None:
+def draw_embedding(path: Path, pixels: torch.Tensor, names: list[str], run: Path) -> None:
     """UMAP of the images' features before and after pretraining."""
-    pixels, names = _pixels_and_names(shards)
     torch.manual_seed(0)
     encoders = {"before pretraining": models.encoder("7x7"), "after": load_encoder(run)}
     panels = [

@@ -138,6 +138,14 @@ def test_a_folder_that_is_no_run_is_never_written_to(shards, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_another_programs_config_is_never_replaced(shards, tmp_path, overwrite):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match="its config.json is of another program"):
+        pretrain(settings(shards, tmp_path), overwrite=overwrite)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+
+
 def test_resuming_keeps_the_runs_settings_but_for_those_of_the_machine(finished):
     assert resumed_config(finished, {"epochs": 9, "threads": 1}).epochs == 9
     with pytest.raises(InputError, match=r"--temperature 0\.07, not 0\.5"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
-import modan_fast
 from modan_fast import machine, models
-from modan_fast.checkpoint import load_encoder, load_imagenet
+from modan_fast.checkpoint import load_encoder, load_imagenet, read_json, versions
 from modan_fast.config import EvaluateConfig, Protocol, Stem, to_json
 from modan_fast.downstream import finetune, probe
-from modan_fast.downstream.results import Results, Series, auc, read_json
+from modan_fast.downstream.results import Results, Series, auc
 from modan_fast.downstream.tasks import Cell, Task, decode, read_task
 from shard_builder.settings import InputError, Report, silent
 
@@ -84,12 +81,7 @@ def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Seri
     if not todo:
         return []
 
-    results.runs["versions"] = {
-        "modan_fast": modan_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
+    results.runs["versions"] = versions()
     results.runs["config"] = to_json(config)
     results.save()
     pixels = torch.from_numpy(decode(task, config.image_size, report)).to(device)

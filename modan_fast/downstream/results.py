@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from modan_fast.checkpoint import write_atomically, write_json
+from modan_fast.checkpoint import read_json, write_atomically, write_json
 from modan_fast.downstream.tasks import Cell, Task
 from shard_builder.settings import InputError
 
@@ -154,11 +153,3 @@ class Results:
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `InputError` where it is damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is no readable JSON object ({error})") from error
