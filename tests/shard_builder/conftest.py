@@ -1,11 +1,58 @@
 """An archive with every form that a folder may have, and every kind of damaged file."""
 
+import re
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+
+# The 165 folders of the archive as shipped: the folder above, the anatomy, the folders' names.
+RADIMAGENET = """
+CT/abd abd: abnormal_entire_organ adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology
+  bowel_abnormality bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract
+  fat_containing_tumor gallbladder_pathology gallstone intraperitoneal_mass liver_lesion normal osseous_neoplasm
+  ovarian_pathology pancreatic_lesion post_op prostate_lesion renal_lesion soft_tissue_collection
+  soft_tissue_mass splenic_lesion urolithiasis uterine_pathology
+CT/lung lung: Airspace_opacity Bronchiectasis Nodule Parenchyma_destruction interstitial_lung_disease normal
+MR/abd abd: adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology bowel_abnormality
+  bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract enlarged_organ gallbladder_pathology
+  intraperitoneal_mass liver_disease_ liver_lesion marrow_abn normal osseous_neoplasm ovarian_pathology
+  pancreatic_lesion prostate_lesion renal_lesion soft_tissue_collection soft_tissue_mass splenic_lesion
+  uterine_pathology
+MR/af af: Plantar_plate_tear achilles_pathology_ atfl_pathology bone_inflammation cfl_pathology
+  chondral_abnormality coalition deltoid_pathology extensor_pathology_ fat_containing_tumor flexor_pathology_
+  hematoma intra lisfranc_pathology normal osseous_disruption osseous_neoplasm peroneal_pathology
+  plantar_fascia_pathology post_op soft_tissue_edema soft_tissue_fluid soft_tissue_mass spring_ligament_injury
+  syndesmosis_pathology
+MR/brain brain: acute_infarct arteriovenous_anomaly chronic_infarct edema extra focal_flair_hyper intra normal
+  pituatary_lesion white_matter_changes
+MR/hip hip: abductor_pathology_ capsular_pathology chondral_pathology hamstring_pathology hematoma
+  labral_pathology marrow_inflammation normal osseous_disruption osseous_lesion post_op soft_tissue_edema
+  soft_tissue_fluid soft_tissue_mass
+MR/knee knee: acl_pathology bone_inflammation chondral_abnormality fcl_pathology fracture hematoma intra
+  mcl_pathology meniscal_abnormality muscle_strain normal patella_pathology pcl_pathology post_operative_acl
+  quad_pathology soft_tissue_edema soft_tissue_fluid_collection soft_tissue_mass
+MR/shoulder shoulder: acj_oa biceps_pathology ca++_tendinosis ghj_oa infraspinatus_pathology labral_pathology
+  marrow_inflammation normal osseous_lesion post_op soft_tissue_edema soft_tissue_fluid subscapularis_pathology
+  supraspinatus_pathology
+MR/spine spine: cord_pathology_ cystic_lesions disc_pathology dural_epidural_abn facet_arthropathy
+  foraminal_pathlogy normal osseous_abn scoliosis
+US abd: aorta bladder cbd fibroid gb ivc kidney liver ovary pancreas portal_vein spleen uterus
+US thyroid: thyroid thyroid_nodule
+"""
+
+
+@pytest.fixture(scope="session")
+def radimagenet():
+    """(folder, modality, anatomy) of each class."""
+    classes = []
+    for line in re.sub(r"\n  ", " ", RADIMAGENET).strip().splitlines():
+        head, names = line.split(": ")
+        above, anatomy = head.split()
+        classes += [(f"{above}/{name}", above[:2], anatomy) for name in names.split()]
+    return classes
 
 
 def picture(seed, *, size=(40, 30)):
@@ -64,3 +111,21 @@ def damaged(tree):
         "text.png": "not a PNG or JPEG image",
     }
     return tree, {f"CT/lung/Nodule/{name}": reason for name, reason in reasons.items()}
+
+
+@pytest.fixture(scope="session")
+def killer():
+    """Makes the environment of processes that do `action` when they read an image whose name has `killer` in it."""
+
+    def killer(folder, action):
+        site = folder / "site"
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(
+            "import os, signal\nfrom pathlib import Path\nfrom shard_builder import image\nread = image.read\n"
+            f"flag = Path({str(folder / 'flag')!r})\n"
+            f"def deadly(path):\n    if 'killer' in path.name:\n        {action}\n    return read(path)\n"
+            "image.read = deadly\n"
+        )
+        return {"PYTHONPATH": str(site)}
+
+    return killer

@@ -17,11 +17,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shard_builder import build as module
-from shard_builder import output, writer
-from shard_builder.build import BuildOptions, build
+from shard_builder import image, output, pack, writer
+from shard_builder.build import build
 from shard_builder.index import parse_index
-from shard_builder.manifest import Manifest
+from shard_builder.manifest import Manifest, Rejected
+from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError
 
 ENDINGS = {"png": "png", "jpeg": "jpg", "raw": "raw"}
@@ -127,17 +127,17 @@ def test_dali_reads_the_shards_by_their_indices(tree, tmp_path, codec):
 
 
 def test_the_same_source_and_options_give_the_same_bytes_with_any_number_of_workers(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 8)
+    monkeypatch.setattr(pack, "CHUNK", 8)
     sets = {}
     for name, workers in (("first", 1), ("again", 1), ("two", 2)):
         out = tmp_path / name
         build(tree, out, BuildOptions(size=24, workers=workers, samples_per_shard=20))
         sets[name] = bytes_of(out)
     assert sets["first"] == sets["again"] == sets["two"]
-    monkeypatch.setattr(module, "CHUNK", 50)
+    monkeypatch.setattr(pack, "CHUNK", 50)
     build(tree, tmp_path / "chunk", BuildOptions(**SMALL))
     assert bytes_of(tmp_path / "chunk") == sets["first"]
-    assert sorted(sets["first"]) == ["manifest.json"] + [
+    assert sorted(sets["first"]) == ["manifest.json", "report.html"] + [
         f"shard-00000{number}.{ending}" for number in range(3) for ending in ("idx", "tar")
     ]
     assert str(tmp_path).encode() not in b"".join(sets["first"].values())
@@ -147,7 +147,7 @@ def test_the_manifest_records_what_shapes_the_content_and_no_place(tree, tmp_pat
     found = build(tree, tmp_path / "set", BuildOptions(per_class=4, **SMALL)).manifest
     assert found.options.keys() == {
         *("source", "fields", "per_class", "size", "codec", "seed", "anatomy", "skip_unknown"),
-        "samples_per_shard",
+        *("samples_per_shard", "duplicates"),
     }
     assert found.options["source"].keys() == {"form", "images", "digest"}
     assert (found.samples, found.size, found.codec) == (20, 24, "png")
@@ -158,7 +158,7 @@ def test_the_manifest_records_what_shapes_the_content_and_no_place(tree, tmp_pat
 
 def test_damaged_images_are_listed_with_their_reasons_and_are_in_no_shard(damaged, tmp_path, monkeypatch):
     archive, reasons = damaged
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(pack, "CHUNK", 7)
     found = build(archive, tmp_path / "set", BuildOptions(**SMALL)).manifest
     assert {each.source: each.reason for each in found.rejected} == reasons
     assert found.samples == 50
@@ -187,7 +187,7 @@ def test_a_class_whose_images_are_all_damaged_is_no_class(damaged, tmp_path):
 def test_progress_is_told_to_its_end_from_the_calling_thread(tree, tmp_path):
     seen = {}
     build(tree, tmp_path / "set", BuildOptions(**SMALL), report=lambda stage, *state: seen.update({stage: state}))
-    assert list(seen) == ["scanning", "packing", "writing"]
+    assert list(seen) == ["scanning", "listing", "packing", "writing", "reading"]
     assert all(done == total > 0 for done, total, _ in seen.values())
 
 
@@ -250,95 +250,112 @@ def test_an_empty_folder_or_a_link_to_one_may_be_the_output(tree, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("step", ["packing", "writing", "manifest", "swap"])
-def test_a_build_that_fails_leaves_the_old_set_as_it_was_and_nothing_else(
+def test_a_build_that_fails_leaves_the_old_set_as_it_was_and_the_next_one_continues_it(
     tree, tmp_path, monkeypatch, error, step
 ):
     build(tree, tmp_path / "set", BuildOptions(**SMALL))
     before = bytes_of(tmp_path / "set")
+    build(tree, tmp_path / "other", BuildOptions(seed=1, **SMALL))
     real = os.replace
 
     def fail(*_, **__):
         raise error
 
     def fail_at_last(old, new):
-        return fail() if str(old).endswith(".building") else real(old, new)
+        return fail() if "/set-" in str(old) and new == tmp_path / "set" else real(old, new)
 
     places = {
-        "packing": (module, "_pack_chunk"),
+        "packing": (image, "encode"),
         "writing": (writer, "format_index"),
         "manifest": (Manifest, "save"),
     }
-    if step == "swap":
-        monkeypatch.setattr(output.os, "replace", fail_at_last)
-    else:
-        monkeypatch.setattr(*places[step], fail)
-    with pytest.raises(type(error)):
-        build(tree, tmp_path / "set", BuildOptions(seed=1, **SMALL), overwrite=True)
+    with monkeypatch.context() as patch:
+        if step == "swap":
+            patch.setattr(output.os, "replace", fail_at_last)
+        else:
+            patch.setattr(*places[step], fail)
+        with pytest.raises(type(error)):
+            build(tree, tmp_path / "set", BuildOptions(seed=1, **SMALL), overwrite=True)
     assert bytes_of(tmp_path / "set") == before
-    assert {path.name for path in tmp_path.iterdir()} == {"archive", "set"}
-
-
-def test_a_full_disk_in_a_worker_is_the_callers_error(tree, tmp_path, monkeypatch):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    monkeypatch.setattr(module, "CHUNK", 10)
-    run = module.run_in_order
-
-    def to_full_disk(pool, workers, work, tasks):
-        # The spool's temporary name leads to a device without room.
-        for task in (tasks := list(tasks)):
-            task[2].with_name(task[2].name + ".part").symlink_to("/dev/full")
-        return run(pool, workers, work, tasks)
-
-    monkeypatch.setattr(module, "run_in_order", to_full_disk)
-    with pytest.raises(OSError, match="No space left") as caught:
-        build(tree, tmp_path / "set", BuildOptions(size=224, codec="raw", workers=2))
-    assert caught.value.errno == errno.ENOSPC
-    assert [path.name for path in tmp_path.iterdir()] == ["archive"]
+    left = set() if step == "packing" else {".set.building"}
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "other", "set", *left}
+    if left:
+        monkeypatch.setattr(image, "decode", fail)  # nothing is packed twice
+    build(tree, tmp_path / "set", BuildOptions(seed=1, **SMALL), overwrite=True)
+    assert bytes_of(tmp_path / "set") == bytes_of(tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "other", "set"}
 
 
 def test_the_leavings_of_killed_builds_are_put_right(tree, tmp_path):
     build(tree, tmp_path / "set", BuildOptions(**SMALL))
     before = bytes_of(tmp_path / "set")
     (tmp_path / ".set.building").mkdir()
-    (tmp_path / ".set.building" / "spool-000000.part").write_text("half")
+    (tmp_path / ".set.building" / "spool-00.1234abcd.part").write_text("half")
     (tmp_path / "set").rename(tmp_path / ".set.replaced")  # killed between the two renames
     assert not build(tree, tmp_path / "set", BuildOptions(**SMALL)).built
     assert bytes_of(tmp_path / "set") == before
+    (tmp_path / ".set.replaced").mkdir()  # killed after them
+    (tmp_path / ".set.replaced" / "manifest.json").touch()
     build(tree, tmp_path / "set", BuildOptions(**SMALL), overwrite=True)
     assert bytes_of(tmp_path / "set") == before
     assert {path.name for path in tmp_path.iterdir()} == {"archive", "set"}
 
 
+def test_a_folder_for_building_that_holds_anything_else_is_left_alone(tree, tmp_path):
+    (tmp_path / ".set.building").mkdir()
+    (tmp_path / ".set.building" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt, which is no part of a build: move it away"):
+        build(tree, tmp_path / "set", BuildOptions(**SMALL))
+    assert (tmp_path / ".set.building" / "notes.txt").exists()
+
+
 def test_two_builds_never_write_to_one_place(tree, tmp_path):
     out = tmp_path / "set"
-    with (
-        output.building(out, out) as folder,
-        pytest.raises(InputError, match="another build is writing .*set: wait until it is done"),
-    ):
-        build(tree, out, BuildOptions(**SMALL))
-    assert folder.exists()  # the first one's own
+    with output.building(out, out) as folder:
+        with pytest.raises(InputError, match="another build is writing .*set: wait until it is done"):
+            build(tree, out, BuildOptions(**SMALL))
+        assert folder.exists()  # the first one's own
+
+
+def test_a_file_system_without_locks_is_built_on(tree, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(output.fcntl, "flock", none)
+    assert build(tree, tmp_path / "set", BuildOptions(**SMALL)).built
 
 
 def script(tmp_path, tree, text):
     path = tmp_path / "script.py"
     path.write_text(
-        "from pathlib import Path\nfrom shard_builder import build as module\n"
-        f"module.CHUNK = 5\nsource, out = Path({str(tree)!r}), Path({str(tmp_path / 'set')!r})\n{text}"
+        "from pathlib import Path\nfrom shard_builder import pack\nfrom shard_builder.build import *\n"
+        f"pack.CHUNK = 5\nsource, out = Path({str(tree)!r}), Path({str(tmp_path / 'set')!r})\n{text}"
     )
     return [sys.executable, str(path)]
 
 
+def test_a_full_disk_in_a_worker_is_the_callers_error(tree, tmp_path):
+    pytest.importorskip("resource", reason="needs limits on files")
+    text = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # workers inherit it\n"
+        "try:\n    build(source, out, BuildOptions(size=224, codec='raw', workers=2))\n"
+        "except OSError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(script(tmp_path, tree, text), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("[Errno 27] File too large\n", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "script.py"}
+
+
 def test_a_script_without_a_main_guard_may_build_with_many_workers(tree, tmp_path):
-    call = "print(module.build(source, out, module.BuildOptions(size=24, workers=2)).built)\n"
+    call = "print(build(source, out, BuildOptions(size=24, workers=2)).built)\n"
     done = subprocess.run(script(tmp_path, tree, call), capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("True\n", "")
 
 
-def test_ctrl_c_ends_workers_and_leaves_nothing(tree, tmp_path):
+def test_ctrl_c_ends_workers_and_keeps_what_is_done(tree, tmp_path):
     text = (
         "def report(stage, done, total, note):\n    if stage == 'packing': print('at work', flush=True)\n"
-        "module.build(source, out, module.BuildOptions(size=1500, workers=2), report=report)\n"
+        "build(source, out, BuildOptions(size=1500, workers=2), report=report)\n"
     )
     command = script(tmp_path, tree, text)
     with subprocess.Popen(
@@ -350,7 +367,10 @@ def test_ctrl_c_ends_workers_and_leaves_nothing(tree, tmp_path):
     assert process.returncode in (1, 130, -signal.SIGINT)
     assert errors.count("Traceback") <= 2  # the script's own, none of a worker
     assert "Process SpawnProcess" not in errors
-    assert {path.name for path in tmp_path.iterdir()} == {"archive", "script.py"}
+    assert {path.name for path in tmp_path.iterdir()} == {"archive", "script.py", ".set.building"}
+    left = [path.name for path in (tmp_path / ".set.building").iterdir()]
+    assert left
+    assert not [name for name in left if not name.startswith("spool-") or name.endswith(".part")]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
@@ -361,7 +381,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tree, tmp_path):
         "    if stage == 'packing':\n"
         "        print(*[each.pid for each in multiprocessing.active_children()], flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "module.build(source, out, module.BuildOptions(size=24, workers=2), report=report)\n"
+        "build(source, out, BuildOptions(size=24, workers=2), report=report)\n"
     )
     done = subprocess.run(
         script(tmp_path, tree, text), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
@@ -391,6 +411,13 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tree, tmp_path):
         ({"codec": "gif"}, "--codec must be one of png, jpeg, raw, got gif"),
         ({"workers": 0}, "--workers must be at least 1, got 0"),
         ({"samples_per_shard": 0}, "--samples-per-shard must be at least 1"),
+        ({"frames": 0}, "--frames must be at least 1, got 0"),
+        (
+            {"fields": "modality,,view"},
+            "--fields must be different names with commas between, got modality,,view",
+        ),
+        ({"fields": ""}, "--fields must be different names with commas between, got nothing"),
+        ({"require": "view,view"}, "--require must be different names with commas between, got view,view"),
         ({"anatomy": ("US/spleen2",)}, "--anatomy must be PATH=VALUE, such as US/spleen2=abd, got US/spleen2"),
         ({"anatomy": ("US/spleen2=a/b",)}, "--anatomy must be PATH=VALUE"),
     ],
@@ -402,7 +429,8 @@ def test_options_that_make_no_sense_are_named(options, message):
 
 def test_all_real_images_are_packed_with_their_pixels_and_labels(real_data, tmp_path):
     found = build(real_data / "radiology", tmp_path / "set", BuildOptions(per_class=0)).manifest
-    assert (found.samples, found.rejected) == (2760, [])
-    assert len(set(expect_samples(tmp_path / "set", real_data / "radiology"))) == 2760
+    assert found.samples == 2759
+    assert found.rejected == [Rejected("CT/brain/mixed/006993.jpeg", "empty: every pixel is 25")]
+    assert len(set(expect_samples(tmp_path / "set", real_data / "radiology"))) == 2759
     found.check_files(tmp_path / "set")
     found.check_hashes(tmp_path / "set")

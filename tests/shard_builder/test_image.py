@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shard_builder.image import MAX_BYTES, ImageError, decode, encode, read
+from shard_builder import image as module
+from shard_builder.image import MAX_BYTES, ImageError, encode, read
 
 
 def file_of(image, kind="PNG", **settings):
     file = io.BytesIO()
     image.save(file, kind, **settings)
     return file.getvalue()
+
+
+def decode(data, size):
+    """The file `data` on a canvas."""
+    return module.stretch(module.decode(data), size)
 
 
 def ramp(size=16):
@@ -43,6 +49,15 @@ def test_three_equal_channels_are_the_grey_image():
 def test_sixteen_bits_are_scaled_over_their_whole_range():
     deep = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
     assert np.array_equal(decode(file_of(Image.fromarray(deep)), 16).ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_of_sixteen_bits_only_those_in_use_count(bits):
+    white = 2**bits - 1
+    deep = np.linspace(0, white, 256).round().astype(np.uint16).reshape(16, 16)
+    assert np.abs(decode(file_of(Image.fromarray(deep)), 16).ravel() - np.arange(256)).max() <= 1
+    # The brightest value need not be the largest that the bits hold.
+    assert np.abs(decode(file_of(Image.fromarray(deep // 2 + deep // 4)), 16).max() - 0.75 * 255) < 2
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
@@ -91,10 +106,22 @@ def test_no_cut_or_flipped_file_does_anything_but_decode_or_give_a_reason(kind):
         try:
             assert decode(bytes(data), 8).shape == (8, 8)
         except ImageError as error:
-            reasons.add(str(error))
+            reasons.add(str(error).partition(":")[0])
     known = {"empty file", "not a PNG or JPEG image", "truncated", "damaged", "declares over 67,108,864 pixels"}
     assert reasons <= known
     assert "truncated" in reasons
+
+
+def test_no_flipped_bit_in_the_pixels_of_a_png_file_goes_unnoticed():
+    whole = file_of(Image.effect_noise((40, 40), 60))
+    begin, end = whole.index(b"IDAT") + 4, whole.rindex(b"IEND") - 4
+    for place in range(begin, end, 7):
+        data = bytearray(whole)
+        data[place] ^= 16
+        with pytest.raises(ImageError, match=r"damaged: the checksum of its .{1,16} chunk is wrong|truncated"):
+            decode(bytes(data), 8)
+    # What follows the end is no part of the picture.
+    assert np.array_equal(decode(whole + b"\0\0\0\1more", 40), decode(whole, 40))
 
 
 @pytest.mark.parametrize("side", [9000, 12000, 60000])

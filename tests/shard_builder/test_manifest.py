@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard_builder.build import BuildOptions, build
+from shard_builder.build import build
 from shard_builder.manifest import Manifest, Rejected, Shard
+from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError
 
 vocabulary = st.lists(st.text(max_size=4), max_size=4, unique=True).map(sorted)

@@ -1,59 +1,14 @@
 """Which images a source holds, what their folders say of them, and which are chosen."""
 
 import os
-import re
 from collections import Counter
 
 import pytest
 
-from shard_builder.build import BuildOptions
 from shard_builder.labels import RADIMAGENET_US, bit_names, vocabularies
+from shard_builder.options import BuildOptions
 from shard_builder.scan import Entry, as_text, choose, scan_tree
 from shard_builder.settings import InputError
-
-# The 165 folders of the archive as shipped: the folder above, the anatomy, the folders' names.
-RADIMAGENET = """
-CT/abd abd: abnormal_entire_organ adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology
-  bowel_abnormality bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract
-  fat_containing_tumor gallbladder_pathology gallstone intraperitoneal_mass liver_lesion normal osseous_neoplasm
-  ovarian_pathology pancreatic_lesion post_op prostate_lesion renal_lesion soft_tissue_collection
-  soft_tissue_mass splenic_lesion urolithiasis uterine_pathology
-CT/lung lung: Airspace_opacity Bronchiectasis Nodule Parenchyma_destruction interstitial_lung_disease normal
-MR/abd abd: adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology bowel_abnormality
-  bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract enlarged_organ gallbladder_pathology
-  intraperitoneal_mass liver_disease_ liver_lesion marrow_abn normal osseous_neoplasm ovarian_pathology
-  pancreatic_lesion prostate_lesion renal_lesion soft_tissue_collection soft_tissue_mass splenic_lesion
-  uterine_pathology
-MR/af af: Plantar_plate_tear achilles_pathology_ atfl_pathology bone_inflammation cfl_pathology
-  chondral_abnormality coalition deltoid_pathology extensor_pathology_ fat_containing_tumor flexor_pathology_
-  hematoma intra lisfranc_pathology normal osseous_disruption osseous_neoplasm peroneal_pathology
-  plantar_fascia_pathology post_op soft_tissue_edema soft_tissue_fluid soft_tissue_mass spring_ligament_injury
-  syndesmosis_pathology
-MR/brain brain: acute_infarct arteriovenous_anomaly chronic_infarct edema extra focal_flair_hyper intra normal
-  pituatary_lesion white_matter_changes
-MR/hip hip: abductor_pathology_ capsular_pathology chondral_pathology hamstring_pathology hematoma
-  labral_pathology marrow_inflammation normal osseous_disruption osseous_lesion post_op soft_tissue_edema
-  soft_tissue_fluid soft_tissue_mass
-MR/knee knee: acl_pathology bone_inflammation chondral_abnormality fcl_pathology fracture hematoma intra
-  mcl_pathology meniscal_abnormality muscle_strain normal patella_pathology pcl_pathology post_operative_acl
-  quad_pathology soft_tissue_edema soft_tissue_fluid_collection soft_tissue_mass
-MR/shoulder shoulder: acj_oa biceps_pathology ca++_tendinosis ghj_oa infraspinatus_pathology labral_pathology
-  marrow_inflammation normal osseous_lesion post_op soft_tissue_edema soft_tissue_fluid subscapularis_pathology
-  supraspinatus_pathology
-MR/spine spine: cord_pathology_ cystic_lesions disc_pathology dural_epidural_abn facet_arthropathy
-  foraminal_pathlogy normal osseous_abn scoliosis
-US abd: aorta bladder cbd fibroid gb ivc kidney liver ovary pancreas portal_vein spleen uterus
-US thyroid: thyroid thyroid_nodule
-"""
-
-
-def radimagenet():
-    """(folder, modality, anatomy) of each class."""
-    for line in re.sub(r"\n  ", " ", RADIMAGENET).strip().splitlines():
-        head, names = line.split(": ")
-        above, anatomy = head.split()
-        for name in names.split():
-            yield f"{above}/{name}", above[:2], anatomy
 
 
 def touch(root, *paths):
@@ -63,8 +18,8 @@ def touch(root, *paths):
     return root
 
 
-def test_every_radimagenet_folder_gets_its_modality_its_anatomy_and_its_name_as_it_is(tmp_path):
-    expected = {folder: (modality, anatomy) for folder, modality, anatomy in radimagenet()}
+def test_every_radimagenet_folder_gets_its_modality_its_anatomy_and_its_name_as_it_is(tmp_path, radimagenet):
+    expected = {folder: (modality, anatomy) for folder, modality, anatomy in radimagenet}
     assert len(expected) == 165
     found = scan_tree(touch(tmp_path, *(f"{folder}/a.png" for folder in expected)))
     assert not found.rejected

@@ -1,1 +1,2 @@
-"""shard_builder: packs an archive of medical images into WebDataset tar shards; needs numpy and Pillow only."""
+"""shard_builder: packs an archive of medical images into WebDataset tar shards; needs numpy and Pillow, and pydicom for
+DICOM files."""

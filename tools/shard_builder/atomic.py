@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
     A durable one is on the disk before that, so that not even a power cut leaves half of it.
     """
-    beside = path.with_name(f"{path.name}.part")
+    # A name of its own: a killed build's last worker may still be writing the same file.
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(beside, "wb") as file:
             yield file

@@ -1,67 +1,37 @@
-"""Source to shard set: choose, decode in parallel, number what is left, write the shards, put them in place."""
+"""Source to shard set: choose, pack in parallel, number what is left, write the shards, put them in place."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from shard_builder import image
+import numpy as np
+from numpy.typing import NDArray
+
+from shard_builder import pack
 from shard_builder.atomic import replacing, sync_folder
+from shard_builder.duplicates import same_pixels, set_aside
+from shard_builder.inspect import read_contents
 from shard_builder.labels import multi_hot, vocabularies
-from shard_builder.manifest import Codec, Manifest, Rejected, Shard
+from shard_builder.manifest import EXTENSIONS, Codec, Manifest, Rejected, Shard
+from shard_builder.options import BuildOptions
 from shard_builder.output import building, check_place, existing_set, put_in_place, recover
-from shard_builder.scan import Entry, Scan, as_text, choose, scan_tree
-from shard_builder.settings import InputError, Report, option, silent, usable_cores
-from shard_builder.workers import pool_of, run_in_order
+from shard_builder.pseudonym import key_beside
+from shard_builder.report import write_report
+from shard_builder.scan import Entry, Scan, as_text, choose
+from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.source import scan_source
+from shard_builder.workers import DIED, Job, Workers, workers_of
 from shard_builder.writer import Sample, write_shard
-
-CHUNK = 128  # images that a worker packs at a time: half a second of work, two megabytes
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a shard set is made. Raises `InputError` for settings that make no sense."""
-
-    per_class: int = option(100, "Images to draw from each class at random; 0 takes all.")
-    size: int = option(224, "Side of the stored images in pixels.")
-    codec: Codec = option(
-        "png", "How pixels are stored: png (lossless), jpeg (quality 95) or raw (fastest to read)."
-    )
-    seed: int = option(0, "Seed of the choice and of the storage order.")
-    workers: int | None = option(None, "Processes that read images; all cores by default.")
-    anatomy: tuple[str, ...] = option((), "Anatomy of a folder that has none, as PATH=VALUE: US/spleen2=abd.")
-    skip_unknown: bool = option(False, "Leave out folders whose anatomy is not known.")
-    samples_per_shard: int = option(1000, "Images in one tar.")
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("per-class", self.per_class, 0),
-            ("size", self.size, 1),
-            ("workers", self.workers, 1),
-            ("samples-per-shard", self.samples_per_shard, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"--{name} must be at least {least}, got {value}")
-        if self.size > 8192:
-            raise InputError(f"--size must be at most 8192, got {self.size}")
-        if self.codec not in get_args(Codec):
-            raise InputError(f"--codec must be one of {', '.join(get_args(Codec))}, got {self.codec}")
-        for each in self.anatomy:
-            path, equals, anatomy = each.partition("=")
-            if not (equals and path.strip("/") and anatomy) or "/" in anatomy:
-                raise InputError(f"--anatomy must be PATH=VALUE, such as US/spleen2=abd, got {each}")
-
-    @property
-    def anatomies(self) -> dict[str, str]:
-        """`anatomy` as a mapping from folder path to value."""
-        pairs = (each.partition("=") for each in self.anatomy)
-        return {path.strip("/"): value for path, _, value in pairs}
 
 
 @dataclass(frozen=True)
@@ -70,6 +40,11 @@ class BuildResult:
 
     manifest: Manifest
     built: bool
+
+    @property
+    def lost(self) -> int:
+        """Images that are not in the set because they, or something beside them, killed the workers."""
+        return sum(each.reason == DIED for each in self.manifest.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,36 +58,54 @@ class Kept:
 
 
 def build(
-    source: Path, out: Path, options: BuildOptions, *, overwrite: bool = False, report: Report = silent
+    source: Path,
+    out: Path,
+    options: BuildOptions,
+    *,
+    overwrite: bool = False,
+    report: Report = silent,
+    executor: Executor | None = None,
 ) -> BuildResult:
-    """Pack the images of the folder `source` into a shard set, the folder `out`.
+    """Pack the images of `source`, a folder, a table or a DICOMDIR, into a shard set, the folder `out`.
 
-    The same source and options give the same bytes, whatever the number of workers. `out` appears when it is
-    complete; what it held is readable until then. A finished set of the same source and options is left alone.
+    The same source and options give the same bytes, whatever the workers: `options.workers` processes, a Dask
+    cluster, or the given `executor`, whose workers must see both folders by the same paths. `out` appears when it is
+    complete; what it held is readable until then. A finished set of the same source and options is left alone, and
+    what a stopped or killed build had finished is not done again.
 
     Raises `InputError` where the source is none, has no usable image, or `out` holds anything else and not
-    `overwrite`; `OSError` where writing fails. Images that cannot be read are listed in the manifest.
+    `overwrite`; `OSError` where writing fails. Images that cannot be packed are listed in the manifest.
     """
     place = Path(os.path.realpath(out))
-    recover(place)
-    check_place(place, out, overwrite)
-    found = scan_tree(source, anatomy=options.anatomies, skip_unknown=options.skip_unknown, report=report)
-    chosen = choose(found.entries, per_class=options.per_class, seed=options.seed)
-    recorded = _recorded(source, found, chosen, options)
-    if not overwrite and (existing := existing_set(place, out, recorded)):
-        return BuildResult(existing, built=False)
-    workers = min(options.workers or usable_cores(), -(-len(chosen) // CHUNK))
-    with building(place, out) as folder, pool_of(workers) as pool:
-        kept, rejected = _pack(pool, workers, source, chosen, folder, options, report)
-        rejected = sorted(found.rejected + rejected, key=lambda each: (each.source, each.reason))
-        if not kept:
+    count = options.workers or usable_cores()
+    with building(place, out) as folder, workers_of(count, options.dask, executor) as workers:
+        recover(place)
+        check_place(place, out, overwrite)
+        found = scan_source(source, options, options.key or key_beside(out), workers, report)
+        chosen = choose(found.entries, per_class=options.per_class, seed=options.seed)
+        states = pack.file_states(found.root, chosen, report)
+        recorded = _recorded(found, chosen, states, options)
+        if not overwrite and (existing := existing_set(place, out, recorded)):
+            return BuildResult(existing, built=False)
+        packed = pack.pack(
+            workers, found.root, chosen, states, folder, size=options.size, codec=options.codec, report=report
+        )
+        groups = same_pixels(packed.rows, chosen)
+        packed.reasons |= set_aside(groups, chosen, options.duplicates)
+        rejected = found.rejected + [
+            Rejected(as_text(chosen[n].source), why) for n, why in packed.reasons.items()
+        ]
+        rejected.sort(key=lambda each: (each.source, each.reason))
+        kept = np.setdiff1d(np.arange(len(chosen)), list(packed.reasons))
+        if not len(kept):
+            shutil.rmtree(folder)
             why = f", such as {rejected[0].source}: {rejected[0].reason}" if rejected else ""
             raise InputError(f"no usable image in {source}: {len(rejected):,} were rejected{why}")
-        fields = vocabularies(found.fields, (each.entry.fields for each in kept))
-        classes = sorted({each.entry.category for each in kept})
-        shards = _assemble(pool, workers, kept, fields, classes, folder, options, report)
-        for spool in folder.glob("spool-*"):
-            spool.unlink()
+        fields = vocabularies(found.fields, (chosen[number].fields for number in kept))
+        classes = sorted({chosen[number].category for number in kept})
+        finished, shards = _assemble(
+            workers, chosen, packed, kept, fields, classes, folder, options, recorded, report
+        )
         result = Manifest(
             samples=len(kept),
             size=options.size,
@@ -123,22 +116,27 @@ def build(
             rejected=rejected,
             options=recorded,
         )
-        result.save(folder)
-        sync_folder(folder)
-        put_in_place(folder, place)
+        result.save(finished)
+        widths_heights = np.stack([packed.rows[name][kept] for name in ("width", "height")], axis=1)
+        originals = Counter(map(tuple, widths_heights.tolist()))
+        copies = [[chosen[number] for number in group] for group in groups]
+        write_report(finished, read_contents(finished, report), originals, copies)
+        sync_folder(finished)
+        put_in_place(finished, place)
     return BuildResult(result, built=True)
 
 
-def _recorded(source: Path, found: Scan, chosen: Sequence[Entry], options: BuildOptions) -> dict[str, Any]:
+def _recorded(
+    found: Scan, chosen: Sequence[Entry], states: NDArray[np.int64], options: BuildOptions
+) -> dict[str, Any]:
     """What shapes the content, for the manifest: equal for equal sets, without paths of this machine."""
     digest = hashlib.sha256()
-    for entry in sorted(chosen, key=lambda each: each.source):
-        try:
-            size = (source / entry.source).stat().st_size
-        except OSError:
-            size = -1  # it will be rejected when it is read
-        digest.update(os.fsencode(entry.source) + b"\0" + str(size).encode() + b"\0")
-    return {
+    for number in sorted(range(len(chosen)), key=lambda number: chosen[number].source):
+        entry = chosen[number]
+        labels = json.dumps([entry.fields, entry.category])
+        digest.update(os.fsencode(entry.source) + f"\0{states[number, 0]}\0{labels}\0".encode())
+    missing = {name: sum(name not in entry.fields for entry in chosen) for name in found.fields}
+    shaping: dict[str, Any] = {
         "source": {"form": found.form, "images": len(chosen), "digest": digest.hexdigest()},
         "fields": list(found.fields),
         "per_class": options.per_class,
@@ -148,82 +146,84 @@ def _recorded(source: Path, found: Scan, chosen: Sequence[Entry], options: Build
         "anatomy": dict(sorted(options.anatomies.items())),
         "skip_unknown": options.skip_unknown,
         "samples_per_shard": options.samples_per_shard,
+        "duplicates": options.duplicates,
     }
-
-
-def _pack(
-    pool: Executor | None,
-    workers: int,
-    source: Path,
-    chosen: Sequence[Entry],
-    folder: Path,
-    options: BuildOptions,
-    report: Report,
-) -> tuple[list[Kept], list[Rejected]]:
-    """Decode, resize and encode the chosen images into spool files, in their order."""
-    kept: list[Kept] = []
-    rejected: list[Rejected] = []
-    chunks = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
-    spools = [f"spool-{number:06}" for number in range(len(chunks))]
-    tasks = (
-        (source, [entry.source for entry in chunk], folder / spool, options.size, options.codec)
-        for chunk, spool in zip(chunks, spools, strict=True)
-    )
-    for chunk, spool, outcomes in zip(
-        chunks, spools, run_in_order(pool, workers, _pack_chunk, tasks), strict=True
-    ):
-        offset = 0
-        for entry, outcome in zip(chunk, outcomes, strict=True):
-            if isinstance(outcome, str):
-                rejected.append(Rejected(as_text(entry.source), outcome))
-            else:
-                kept.append(Kept(entry, spool, offset, outcome))
-                offset += outcome
-        report("packing", len(kept) + len(rejected), len(chosen), f"{len(rejected)} rejected" if rejected else "")
-    return kept, rejected
-
-
-def _pack_chunk(source: Path, names: Sequence[str], spool: Path, size: int, codec: Codec) -> list[int | str]:
-    """Write the encoded images to `spool`; return for each its size in bytes, or the reason why it has none."""
-    outcomes: list[int | str] = []
-    with replacing(spool, durable=False) as file:
-        for name in names:
-            try:
-                data = image.encode(image.decode(image.read(source / name), size), codec)
-            except image.ImageError as error:
-                outcomes.append(str(error))
-            else:
-                file.write(data)
-                outcomes.append(len(data))
-    return outcomes
+    if any(missing.values()):
+        shaping["source"]["missing"] = {name: count for name, count in missing.items() if count}
+    if found.unknown:
+        shaping["source"]["unknown"] = dict(sorted(found.unknown.items()))
+    if any(entry.frame is not None for entry in chosen):
+        shaping["source"]["names"] = "hashed"
+        shaping |= {"frames": options.frames, "allow_burned_in": options.allow_burned_in}
+    return shaping
 
 
 def _assemble(
-    pool: Executor | None,
-    workers: int,
-    kept: Sequence[Kept],
+    workers: Workers,
+    chosen: Sequence[Entry],
+    packed: pack.Packed,
+    kept: NDArray[np.int64],
     fields: Mapping[str, list[str]],
     classes: list[str],
     folder: Path,
     options: BuildOptions,
+    recorded: Mapping[str, Any],
     report: Report,
-) -> list[Shard]:
-    """Write all shards, copying the images from the spool files."""
+) -> tuple[Path, list[Shard]]:
+    """Write all shards, copying the images `kept` from the spools; the folder they are in, and their lines.
+
+    That folder's name tells what they are made of. A shard's line is written to a file beside it when the shard is
+    finished; a killed build's shards with a line are used as they are.
+    """
+    spools = [packed.spools[spool] for spool in dict.fromkeys(packed.spool[kept].tolist())]
+    made = json.dumps([recorded, spools, sorted(packed.reasons.items())])
+    key = hashlib.sha256(made.encode()).hexdigest()[:32]
+    for path in [*folder.glob("set-*"), *folder.glob("done-*")]:
+        if key not in path.name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finished = folder / f"set-{key}"
+    finished.mkdir(exist_ok=True)
+    for part in finished.glob("*.part"):
+        part.unlink()
     starts = range(0, len(kept), options.samples_per_shard)
-    tasks = (
-        (folder, number, start, kept[start : start + options.samples_per_shard], fields, classes, options.codec)
-        for number, start in enumerate(starts)
-    )
-    shards = []
-    for shard in run_in_order(pool, workers, _assemble_shard, tasks):
-        shards.append(shard)
+    tars = [finished / f"shard-{number:06}.tar" for number in range(len(starts))]
+    lines = [folder / f"done-{key}-{number:06}" for number in range(len(starts))]
+    shards = {
+        number: Shard(**json.loads(lines[number].read_bytes()))
+        for number, tar in enumerate(tars)
+        if tar.exists() and lines[number].exists()
+    }
+
+    def job_of(number: int) -> Job[int]:
+        start = starts[number]
+        images = [
+            Kept(chosen[n], packed.spools[packed.spool[n]], int(packed.offset[n]), int(packed.rows["bytes"][n]))
+            for n in kept[start : start + options.samples_per_shard]
+        ]
+        return Job(number, (folder, tars[number], lines[number], start, images, fields, classes, options.codec))
+
+    missing = [number for number in range(len(starts)) if number not in shards]
+    failed = []
+    if shards:
         report("writing", len(shards), len(starts), "")
-    return shards
+    for number, shard in workers.finish(_assemble_shard, map(job_of, missing)):
+        if shard is None:
+            failed.append(number)
+        else:
+            shards[number] = shard
+        report("writing", len(shards), len(starts), "")
+    if failed:
+        raise OSError(
+            f"the worker died three times while writing {tars[failed[0]].name} ({len(failed)} of {len(starts)} "
+            "shards): the same command tries again, and keeps what is done"
+        )
+    return finished, [shards[number] for number in range(len(starts))]
 
 
 def _assemble_shard(
-    folder: Path,
-    number: int,
+    spools: Path,
+    path: Path,
+    line: Path,
     first: int,
     kept: Sequence[Kept],
     fields: Mapping[str, list[str]],
@@ -234,7 +234,7 @@ def _assemble_shard(
 
     def samples() -> Iterator[Sample]:
         for spool, group in groupby(kept, key=lambda each: each.spool):
-            with open(folder / spool, "rb") as file:
+            with open(spools / spool, "rb") as file:
                 for each in group:
                     file.seek(each.offset)
                     entry = each.entry
@@ -247,5 +247,7 @@ def _assemble_shard(
                         file.read(each.size), multi_hot(entry.fields, fields), indices[entry.category], metadata
                     )
 
-    path = folder / f"shard-{number:06}.tar"
-    return write_shard(path, samples(), first=first, extension=image.EXTENSIONS[codec])
+    shard = write_shard(path, samples(), first=first, extension=EXTENSIONS[codec])
+    with replacing(line) as file:
+        file.write(json.dumps(asdict(shard)).encode("ascii"))
+    return shard

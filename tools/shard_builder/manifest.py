@@ -19,6 +19,7 @@ FORMAT = 1
 NAME = "manifest.json"
 
 Codec = Literal["png", "jpeg", "raw"]
+EXTENSIONS: dict[Codec, str] = {"png": "png", "jpeg": "jpg", "raw": "raw"}  # of the image members
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,22 @@ class Manifest:
         """Read the manifest in `folder`; raises `InputError` where there is none or it is malformed."""
         path = folder / NAME
         try:
-            found = json.loads(path.read_bytes())
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             what = f"{folder} holds no {NAME}" if folder.is_dir() else f"no shard set at {folder}"
             raise InputError(f"{what}: make one with `modan-fast shard SOURCE`") from None
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, place: str) -> Manifest:
+        """The manifest of these bytes; raises `InputError`, which names their `place`, where they are malformed."""
+        try:
+            found = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is no JSON ({error}): shard the source again") from None
-        return _from_json(found, path)
+            raise InputError(f"{place} is no JSON ({error}): shard the source again") from None
+        return _from_json(found, place)
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, atomically. Equal manifests give the same bytes."""
@@ -139,10 +147,10 @@ class Manifest:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _from_json(found: Any, path: Path) -> Manifest:
+def _from_json(found: Any, place: str) -> Manifest:
     def need(holds: bool, key: str, what: str) -> None:
         if not holds:
-            raise InputError(f"{path}: {key} must be {what}: shard the source again")
+            raise InputError(f"{place}: {key} must be {what}: shard the source again")
 
     def count(value: Any) -> bool:
         return type(value) is int and value >= 0
@@ -157,7 +165,7 @@ def _from_json(found: Any, path: Path) -> Manifest:
     need(isinstance(found, dict), "all of it", "an object")
     if (version := found.get("format")) != FORMAT or type(version) is not int:
         raise InputError(
-            f"{path}: written by format {version}, this version reads {FORMAT}: shard the source again, or use "
+            f"{place}: written by format {version}, this version reads {FORMAT}: shard the source again, or use "
             "the version of modan-fast that wrote it"
         )
     get = found.get

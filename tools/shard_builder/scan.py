@@ -1,12 +1,12 @@
-"""Find the images of a source and what their folders say of them, and choose those to pack."""
+"""Find the images of a folder and what their folders say of them, and choose those to pack."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shard_builder.labels import RADIMAGENET_US
@@ -14,53 +14,90 @@ from shard_builder.manifest import Rejected
 from shard_builder.settings import InputError, Report, silent
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-LAYOUT = "expected MODALITY/anatomy/class/*.png or .jpg, or RadImageNet's US/class/*.png"
+LAYOUT = (
+    "expected MODALITY/anatomy/class/*.png or .jpg, RadImageNet's US/class/*.png, DICOM files, or a CSV table"
+)
+NO_ANATOMY = "its folder names no anatomy"
+
+Names = Mapping[tuple[str, str], str]
+"""New names of values: (field, value) to value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image of a source: its path within it, with forward slashes, its label fields and its class."""
+    """One image of a source: what the set calls it, its label fields, its class, and where it is read.
+
+    `source` is the path within the source, with forward slashes, or a hash of it, and then `path` is the path.
+    `frame` counts in a DICOM file; PNG and JPEG files have none.
+    """
 
     source: str
     fields: Mapping[str, str]
     category: str
+    path: str = ""
+    frame: int | None = None
+
+    @property
+    def file(self) -> str:
+        """Path of the image's file within the source."""
+        return self.path or self.source
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds: the form of the source, the label fields in bit order, its images, and the misfits."""
+    """What a source holds: its form, the label fields in bit order, its images, and the misfits.
+
+    Paths count from the folder `root`. `unknown` counts the header texts of each field that are in no vocabulary.
+    """
 
     form: str
     fields: tuple[str, ...]
     entries: list[Entry]
     rejected: list[Rejected]
+    root: Path
+    unknown: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files in a folder: their names by the parts of their folder's path, and what is no file or unreadable."""
+
+    found: dict[tuple[str, ...], list[str]]
+    broken: list[str]
+    rejected: list[Rejected]
 
 
 def scan_tree(
     source: Path,
+    files: Files | None = None,
     *,
     anatomy: Mapping[str, str] | None = None,
+    names: Names | None = None,
     skip_unknown: bool = False,
     report: Report = silent,
 ) -> Scan:
     """Find the images of a tree of folders `MODALITY/anatomy/class`; hidden files and other types are ignored.
 
-    A folder `MODALITY/class` has no anatomy level: its anatomy is taken from `anatomy` (path to value), else from
-    RadImageNet's ultrasound classes. Raises `InputError` where it is in neither (`skip_unknown` rejects its
-    images instead), and where the source is no such tree.
+    `files` are those of `source`, if they were listed before. For `anatomy` and `names` see `folder_labels`.
+    Raises `InputError` where a folder names no anatomy (`skip_unknown` rejects its images instead), and where the
+    source is no such tree.
     """
     anatomy = anatomy or {}
-    if not source.is_dir():
-        raise InputError(f"{source} {'is no folder' if source.exists() else 'does not exist'}: {LAYOUT}")
-    found, rejected, others = _walk(source, report)
+    files = files or walk(source, report)
+    images = {parts: list(filter(is_image, names)) for parts, names in files.found.items()}
+    found = {parts: names for parts, names in images.items() if names}
+    rejected = files.rejected + [Rejected(as_text(path), "not a file") for path in filter(is_image, files.broken)]
     depths = Counter(dict.fromkeys((2, 3), 0))
-    for parts, names in found.items():
-        depths[len(parts)] += len(names)
+    for parts, inside in found.items():
+        depths[len(parts)] += len(inside)
     fitting, total = depths[2] + depths[3], depths.total()
     if not total:
+        others = sum(map(len, files.found.values()))
         raise InputError(f"no images in {source}, but {others} other files: {LAYOUT}")
     if fitting <= total / 2:
-        example = next((*parts, min(names)) for parts, names in sorted(found.items()) if len(parts) not in (2, 3))
+        example = next(
+            (*parts, min(inside)) for parts, inside in sorted(found.items()) if len(parts) not in (2, 3)
+        )
         raise InputError(
             f"{total - fitting:,} of {total:,} images in {source} lie at another depth, such as "
             f"{as_text('/'.join(example))}: {LAYOUT} (pass the folder that holds the modalities' folders)"
@@ -70,25 +107,16 @@ def scan_tree(
     folders = sum(len(parts) in (2, 3) for parts in found)
     entries: list[Entry] = []
     unknown: dict[str, int] = {}
-    for parts, names in sorted(found.items()):
-        path, reason = "/".join(parts), ""
-        fields: dict[str, str] = {}
-        if len(parts) == 3:
-            fields = {"modality": as_text(parts[0]), "anatomy": as_text(parts[1])}
-        elif len(parts) == 2:
-            known = anatomy.get(path) or (RADIMAGENET_US.get(parts[1]) if parts[0] == "US" else None)
-            if known:
-                fields = {"modality": as_text(parts[0]), "anatomy": known}
-            else:
-                unknown[path] = len(names)
-                reason = "its folder names no anatomy"
-        else:
-            reason = "not at MODALITY/anatomy/class"
-        if fields:
-            category = "/".join([*fields.values(), as_text(parts[-1])])
-            entries += [Entry(f"{path}/{name}", fields, category) for name in sorted(names)]
-        else:
-            rejected += [Rejected(as_text("/".join([*parts, name])), reason) for name in sorted(names)]
+    for parts, inside in sorted(found.items()):
+        path = "/".join(parts)
+        if labels := folder_labels(parts, anatomy, names or {}):
+            entries += [Entry(f"{path}/{name}", *labels) for name in sorted(inside)]
+            continue
+        reason = "not at MODALITY/anatomy/class"
+        if len(parts) == 2:
+            unknown[path] = len(inside)
+            reason = NO_ANATOMY
+        rejected += [Rejected(as_text("/".join([*parts, name])), reason) for name in sorted(inside)]
     if unknown and not skip_unknown:
         first = as_text(next(iter(unknown)))
         raise InputError(
@@ -96,7 +124,44 @@ def scan_tree(
             f"pass --skip-unknown ({len(unknown)} of {folders} folders, {sum(unknown.values()):,} images)"
         )
     rejected.sort(key=lambda each: each.source)
-    return Scan("tree", ("modality", "anatomy"), entries, rejected)
+    return Scan("tree", ("modality", "anatomy"), entries, rejected, source)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name says PNG or JPEG."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def folder_labels(
+    parts: Sequence[str], anatomy: Mapping[str, str], names: Names
+) -> tuple[dict[str, str], str] | None:
+    """The fields and the class that a folder's path says, `MODALITY/anatomy/class`; none where it says neither.
+
+    A path `MODALITY/class` has no anatomy level: its anatomy is taken from `anatomy` (path to value), else from
+    RadImageNet's ultrasound classes.
+    """
+    if len(parts) == 3:
+        modality, region, _ = parts
+    elif len(parts) == 2:
+        modality, name = parts
+        region = anatomy.get("/".join(parts)) or (RADIMAGENET_US.get(name, "") if modality == "US" else "")
+    else:
+        return None
+    if not region:
+        return None
+    fields = renamed({"modality": as_text(modality), "anatomy": as_text(region)}, names)
+    return fields, f"{class_of(fields, ('modality', 'anatomy'))}/{as_text(parts[-1])}"
+
+
+def renamed(fields: Mapping[str, str], names: Names) -> dict[str, str]:
+    """`fields` with the values that `names` gives them; an empty one is no value."""
+    named = {field: names.get((field, value), value) for field, value in fields.items()}
+    return {field: value for field, value in named.items() if value}
+
+
+def class_of(fields: Mapping[str, str], order: Iterable[str]) -> str:
+    """The class of an image that has no other: its field values, joined."""
+    return "/".join(fields.get(name, "unknown") for name in order)
 
 
 def choose(entries: Iterable[Entry], *, per_class: int, seed: int) -> list[Entry]:
@@ -129,10 +194,14 @@ def as_text(name: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def _walk(source: Path, report: Report) -> tuple[dict[tuple[str, ...], list[str]], list[Rejected], int]:
-    """The image names in each folder, by its path's parts; what cannot be read; a count of other files."""
+def walk(source: Path, report: Report = silent) -> Files:
+    """All files below the folder `source` but hidden ones; raises `InputError` where it is none."""
+    if not source.is_dir():
+        raise InputError(f"{source} {'is no folder' if source.exists() else 'does not exist'}: {LAYOUT}")
     found: dict[tuple[str, ...], list[str]] = {}
-    rejected, visited, images, others = [], 0, 0, 0
+    broken: list[str] = []
+    rejected: list[Rejected] = []
+    visited, count = 0, 0
     waiting: list[tuple[tuple[str, ...], frozenset[tuple[int, int]]]] = [((), frozenset())]
     while waiting:
         parts, above = waiting.pop()
@@ -163,14 +232,12 @@ def _walk(source: Path, report: Report) -> tuple[dict[tuple[str, ...], list[str]
                 waiting.append(((*parts, each.name), above))
             elif is_folder:
                 rejected.append(Rejected(as_text(f"{path}/{each.name}"), "a link below MODALITY/anatomy/class"))
-            elif not each.name.lower().endswith(SUFFIXES):
-                others += 1
             elif is_file:
                 names.append(each.name)
             else:
-                rejected.append(Rejected(as_text("/".join([*parts, each.name])), "not a file"))
+                broken.append("/".join([*parts, each.name]))
         if names:
             found[parts] = names
-        visited, images = visited + 1, images + len(names)
-        report("scanning", visited, visited + len(waiting), f"{images:,} images")
-    return found, rejected, others
+        visited, count = visited + 1, count + len(names)
+        report("scanning", visited, visited + len(waiting), f"{count:,} files")
+    return Files(found, broken, rejected)

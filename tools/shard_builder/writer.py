@@ -17,6 +17,11 @@ from shard_builder.atomic import replacing
 from shard_builder.index import Component, format_index
 from shard_builder.manifest import Shard
 
+# A header without name and size: tarfile's defaults are mode 0644 and no time, user or group. For its sum, the checksum
+# counts as spaces.
+HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+HEADER[148:156] = b" " * 8
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -49,14 +54,13 @@ def write_shard(path: Path, samples: Iterable[Sample], *, first: int, extension:
             line = []
             for ending, data in members:
                 name = f"{number:08}.{ending}"
-                block = _header(name, len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+                block = member_header(name, len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
                 tar.write(block)
                 digest.update(block)
                 line.append(Component(ending, offset + tarfile.BLOCKSIZE, len(data), name))
                 offset += len(block)
             lines.append(line)
-        # Two empty blocks end a tar, and it is filled up to whole records.
-        end = bytes(2 * tarfile.BLOCKSIZE + -(offset + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+        end = tar_end(offset)
         tar.write(end)
         digest.update(end)
     with replacing(path.with_suffix(".idx")) as index:
@@ -64,7 +68,16 @@ def write_shard(path: Path, samples: Iterable[Sample], *, first: int, extension:
     return Shard(path.name, len(lines), offset + len(end), digest.hexdigest())
 
 
-def _header(name: str, size: int) -> bytes:
-    member = tarfile.TarInfo(name)  # its defaults: mode 0644, mtime, uid and gid 0
-    member.size = size
-    return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+def member_header(name: str, size: int) -> bytes:
+    """The block before a member of `size` bytes with a name of at most 100 ASCII letters; it tells nothing else."""
+    # As tarfile would write it, at a quarter of the time: of a shard's members there are many.
+    block = bytearray(HEADER)
+    block[: len(name)] = name.encode("ascii")
+    block[124:136] = b"%011o\0" % size
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def tar_end(offset: int) -> bytes:
+    """What follows the last member of a tar, which ends at `offset`: two empty blocks, filled up to whole records."""
+    return bytes(2 * tarfile.BLOCKSIZE + -(offset + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)

@@ -1,0 +1,121 @@
+"""What a finished shard set holds, read by its indices. S samples, K label bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from shard_builder.index import parse_index
+from shard_builder.manifest import Manifest, Rejected
+from shard_builder.settings import InputError, Report, silent
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A shard set: `labels` (S, K) uint8, 0/1, and `targets` (S,) int32, class indices, in storage order."""
+
+    folder: Path
+    manifest: Manifest
+    labels: NDArray[np.uint8]
+    targets: NDArray[np.int32]
+
+    @property
+    def values(self) -> dict[str, dict[str, int]]:
+        """Samples of each value of each field; those without a value are under the empty text."""
+        counts, start = {}, 0
+        for name, vocabulary in self.manifest.fields.items():
+            bits = self.labels[:, start : start + len(vocabulary)]
+            found = dict(zip(vocabulary, bits.sum(0, dtype=np.int64).tolist(), strict=True))
+            without = len(bits) - int(bits.any(1).sum())
+            counts[name] = found | ({"": without} if without else {})
+            start += len(vocabulary)
+        return counts
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Samples of each class."""
+        counts = np.bincount(self.targets, minlength=len(self.manifest.classes))
+        return dict(zip(self.manifest.classes, counts.tolist(), strict=True))
+
+    def groups(self, most: int) -> dict[str, list[int]]:
+        """Up to `most` sample ids for each combination of the first two fields, such as `CT lung`."""
+        names = [value for values in list(self.manifest.fields.values())[:2] for value in values]
+        combinations, group = np.unique(self.labels[:, : len(names)], axis=0, return_inverse=True)
+        found = {}
+        for number, bits in enumerate(combinations):
+            title = " ".join(name for name, bit in zip(names, bits, strict=True) if bit) or "unlabelled"
+            found[title] = np.flatnonzero(group.ravel() == number)[:most].tolist()
+        return dict(sorted(found.items()))
+
+
+def read_contents(folder: Path, report: Report = silent) -> Contents:
+    """Read the labels of all samples; raises `InputError` where there is no whole shard set in `folder`."""
+    manifest = Manifest.load(folder)
+    manifest.check_files(folder)
+    labels = np.empty((manifest.samples, manifest.bits), np.uint8)
+    targets = np.empty((manifest.samples, 1), "<i4")
+    sample = 0
+    for done, shard in enumerate(manifest.shards, 1):
+        tar = folder / shard.name
+        try:
+            with open(tar, "rb") as file:
+                for components in parse_index(tar.with_suffix(".idx").read_text("ascii")):
+                    for into, (_, offset, size, _) in zip((labels, targets), components[1:3], strict=True):
+                        file.seek(offset)
+                        into[sample] = np.frombuffer(file.read(size), into.dtype)
+                    sample += 1
+        except ValueError:
+            raise InputError(f"{tar} is damaged: `modan-fast verify {folder}` tells more") from None
+        report("reading", done, len(manifest.shards), "")
+    if manifest.samples and not 0 <= targets.min() <= targets.max() < len(manifest.classes):
+        raise InputError(f"{folder} is damaged: `modan-fast verify {folder}` tells more")
+    return Contents(folder, manifest, labels, targets[:, 0])
+
+
+def read_images(folder: Path, manifest: Manifest, samples: Iterable[int]) -> Iterator[Image.Image]:
+    """The grey images of these samples, by ids, one at a time."""
+    starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    parsed = -1
+    for sample in samples:
+        number = int(np.searchsorted(starts, sample, "right")) - 1
+        tar = folder / manifest.shards[number].name
+        if number != parsed:
+            components, parsed = parse_index(tar.with_suffix(".idx").read_text("ascii")), number
+        _, offset, size, _ = components[sample - int(starts[number])][0]
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if manifest.codec == "raw":
+            yield Image.frombytes("L", (manifest.size, manifest.size), data)
+        else:
+            yield Image.open(BytesIO(data))
+
+
+def kinds(rejected: Iterable[Rejected]) -> dict[str, int]:
+    """How many were rejected for each kind of reason (the text before a colon), most first."""
+    counts = Counter(each.reason.partition(":")[0] for each in rejected)
+    return dict(sorted(counts.items(), key=lambda kind: (-kind[1], kind[0])))
+
+
+def describe(contents: Contents) -> str:
+    """The set in lines of text."""
+    manifest = contents.manifest
+    size = sum(shard.bytes for shard in manifest.shards)
+    lines = [
+        f"{manifest.samples:,} images of {manifest.size} x {manifest.size} pixels, {manifest.codec}; "
+        f"{len(manifest.shards):,} shards, {size / 2**20:,.1f} MiB"
+    ]
+    tables = {f"{name} ({len(counts)})": counts for name, counts in contents.values.items()}
+    tables[f"class ({len(manifest.classes)})"] = contents.classes
+    tables[f"left out ({len(manifest.rejected)})"] = kinds(manifest.rejected)
+    width = max(len(name) for counts in tables.values() for name in [*counts, "(none)"])
+    for title, counts in tables.items():
+        lines += ["", title, *(f"  {name or '(none)':{width}}  {count:9,}" for name, count in counts.items())]
+    return "\n".join(lines)
