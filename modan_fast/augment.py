@@ -6,6 +6,7 @@ neither on threads, ranks and batches, nor on what was drawn before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 # Words of a view's stream. A new parameter takes new words, so that older ones keep their values.
 CROP, POSITION, FLIP, JITTER, BRIGHTNESS, CONTRAST, BLUR, SIGMA = 0, 20, 22, 23, 24, 25, 26, 27
 WORDS = 28
-ORDER_STREAM = 2**32 - 1  # stands where views have their number
+ORDER_STREAM, SHARD_STREAM = 2**32 - 1, 2**32 - 2  # stand where views have their number
 
 
 def philox(counter: tuple[UInt32s, ...], key: tuple[int, int]) -> UInt32s:
@@ -39,17 +40,33 @@ def philox(counter: tuple[UInt32s, ...], key: tuple[int, int]) -> UInt32s:
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def random_words(seed: int, epoch: int, ids: NDArray[np.int64], stream: int, words: int) -> UInt32s:
-    """Random 32-bit words (N, words) of N samples; `words` is a multiple of 4."""
-    counter = (np.arange(words // 4), np.array(stream), ids[:, None], np.array(epoch))
+def random_words(
+    seed: int, epoch: int, ids: NDArray[np.int64], stream: int | NDArray[np.int64], words: int
+) -> UInt32s:
+    """Random 32-bit words (N, words) of N samples from one stream, or from one (N,) each; a multiple of 4 words."""
+    counter = (np.arange(words // 4), np.reshape(stream, (-1, 1)), ids[:, None], np.array(epoch))
     key = (seed & 0xFFFFFFFF, seed >> 32)
     return philox(tuple(word.astype(np.uint32) for word in counter), key).reshape(len(ids), words)
 
 
-def sample_order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
-    """The sample ids 0 … samples - 1 in the order of an epoch."""
+def sample_order(seed: int, epoch: int, counts: Sequence[int], window: int) -> NDArray[np.int64]:
+    """The sample ids 0 … S - 1 in the order of an epoch; `counts` holds the samples of each shard.
+
+    A set of up to `window` samples is shuffled as a whole. Of a larger one, the shards come in random order, and
+    each sample then moves by less than `window` places: whoever reads the shards in that order, one by one, need
+    not hold more than `window` samples at a time.
+    """
+    samples = sum(counts)
     words = random_words(seed, epoch, np.arange(samples), ORDER_STREAM, 4).astype(np.uint64)
-    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+    rank = words[:, 0] << np.uint64(32) | words[:, 1]
+    if samples <= window:
+        return np.argsort(rank, kind="stable")
+    starts = np.cumsum([0, *counts])
+    shuffled = np.argsort(random_words(seed, epoch, np.arange(len(counts)), SHARD_STREAM, 4)[:, 0], kind="stable")
+    ids = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shuffled])
+    # Sorted by its place plus a random part of the window, a sample passes only those less than a window away.
+    moved = np.arange(samples) + window * (rank[ids] / 2.0**64)
+    return ids[np.argsort(moved, kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,17 @@ class ViewParameters:
 
 
 def view_parameters(
-    augmentation: Augmentation, seed: int, epoch: int, ids: NDArray[np.int64], view: int, canvas: int
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    ids: NDArray[np.int64],
+    view: int | NDArray[np.int64],
+    canvas: int,
 ) -> ViewParameters:
     """The parameters of view 0 or 1 of the samples `ids` (N,), on a canvas of canvas x canvas pixels.
 
-    Boxes are distributed as those of torchvision's RandomResizedCrop, factors as those of its ColorJitter.
+    `view` is the same for all, or one (N,) for each. Boxes are distributed as those of torchvision's
+    RandomResizedCrop, factors as those of its ColorJitter.
     """
     uniform = (random_words(seed, epoch, ids, view, WORDS) + 0.5) / 2**32  # in (0, 1), float64
     attempts = uniform[:, CROP : CROP + 2 * ATTEMPTS].reshape(len(ids), ATTEMPTS, 2)

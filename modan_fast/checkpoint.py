@@ -20,7 +20,7 @@ from torchvision.models import ResNet, ResNet18_Weights
 
 from modan_fast import __version__, models
 from modan_fast.config import MAY_CHANGE_ON_RESUME, PretrainConfig, Stem, from_json, to_json
-from modan_fast.shards import ShardSet
+from modan_fast.shards import ShardSet, first_line
 from shard_builder.settings import InputError
 
 
@@ -62,7 +62,7 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
         return False
     if resume and written["shards"]["fingerprint"] != shards.fingerprint:
         raise InputError(
-            f"{shards.folder} is not the shard set that {run} was started with: name that one with --shards"
+            f"{shards.place} is not the shard set that {run} was started with: name that one with --shards"
         )
     same = written["settings"] == to_json(config) and written["shards"]["fingerprint"] == shards.fingerprint
     done = finished_epochs(run)
@@ -105,7 +105,7 @@ def begin(config: PretrainConfig, shards: ShardSet, *, resumed_at: int | None) -
     manifest = shards.manifest
     content = {
         "settings": to_json(config),
-        "preprocessing": {"image_size": config.image_size, "channels": 1, "mean": 0.0, "std": 1.0},
+        "preprocessing": {"image_size": config.image_size, "channels": config.channels, "mean": 0.0, "std": 1.0},
         "shards": {
             "fingerprint": shards.fingerprint,
             "samples": manifest.samples,
@@ -146,7 +146,7 @@ def load(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler or its zip reader meets
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{path} is no readable checkpoint ({reason}): --overwrite starts anew") from error
     return state
 
@@ -168,9 +168,10 @@ def finished_epochs(run: Path) -> int:
 
 
 def load_encoder(source: Path) -> ResNet:
-    """The encoder of a run folder, or of a safetensors file; its stem and channels are read off the weights.
+    """The encoder of a run folder, or of a safetensors file, for grey images; its stem is read off the weights.
 
-    Raises `InputError` where there is none, or where it is not a ResNet-18.
+    One that was trained on three equal channels becomes one of a single channel, with the sums of its first filters:
+    it sees the same. Raises `InputError` where there is none, or where it is not a ResNet-18.
     """
     path = source / "encoder.safetensors" if source.is_dir() else source
     if not path.is_file():
@@ -182,8 +183,7 @@ def load_encoder(source: Path) -> ResNet:
     stem = models.stem_of(tensors["conv1.weight"]) if "conv1.weight" in tensors else None
     if stem is None:
         raise InputError(f"{path} holds no ResNet-18 with a 3x3 or 7x7 stem: give the weights of one")
-    encoder = models.encoder(stem, channels=tensors["conv1.weight"].shape[1])
-    wanted = encoder.state_dict()
+    wanted = models.encoder(stem, channels=tensors["conv1.weight"].shape[1]).state_dict()
     for key in sorted(wanted.keys() | tensors.keys()):
         have, want = tensors.get(key), wanted.get(key)
         if have is None or want is None or have.shape != want.shape:
@@ -191,16 +191,18 @@ def load_encoder(source: Path) -> ResNet:
                 "lacks" if have is None else "has an extra" if want is None else f"has {tuple(have.shape)} for"
             )
             raise InputError(f"{path} is no ResNet-18: it {found} {key}")
+    tensors["conv1.weight"] = tensors["conv1.weight"].sum(1, keepdim=True)
+    encoder = models.encoder(stem)
     encoder.load_state_dict(tensors)
     return encoder
 
 
-def load_imagenet(path: Path | None, stem: Stem, *, sum_filters: bool) -> ResNet:
+def load_imagenet(path: Path | None, stem: Stem, *, sum_filters: bool, channels: int = 1) -> ResNet:
     """A ResNet-18 with torchvision's ImageNet weights, from a file, or else from torchvision, which downloads them.
 
     See `models.start_from_imagenet`. Raises `InputError` where there are none, or none of a ResNet-18.
     """
-    encoder = models.encoder(stem)
+    encoder = models.encoder(stem, channels)
     try:
         if path is None:
             weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)

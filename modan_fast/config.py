@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ Stem = Literal["3x3", "7x7"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "fp16", "bf16"]
 Renderer = Literal["auto", "dali", "torch"]
-Tier = Literal["auto", "gpu", "host"]
+Tier = Literal["auto", "gpu", "host", "stream"]
 Protocol = Literal["finetune", "probe"]
 
 
@@ -31,7 +32,7 @@ def at_least(name: str, value: float, least: float, why: str = "") -> None:
 class Augmentation:
     """The distribution of a view, as torchvision's transforms define it; `augment` samples it.
 
-    Saturation, hue and RandomGrayscale change nothing on one channel and have no setting here.
+    Saturation, hue and RandomGrayscale change nothing on one channel, nor on three equal ones, and have no setting.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)  # share of the canvas that a crop covers
@@ -54,12 +55,20 @@ class PretrainConfig:
 
     method: Method = option("mulsupcon", "Pretraining method.")
     recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
-    shards: Path = option(Path("shards"), "Shard set to train on, as `modan-fast shard` writes it.")
+    shards: str = option(
+        "shards",
+        "Shard set to train on, as `modan-fast shard` writes it: a folder, or a URL (https://host/set, gs://, hf://, "
+        "or pipe:COMMAND with {} for a file's name).",
+    )
     out: Path | None = option(None, "Run folder to write; runs/METHOD by default.")
     epochs: int = option(1000, "Epochs to train.", recipe=True)
     batch_size: int = option(256, "Images a step; each gives two views.", recipe=True)
     image_size: int | None = option(None, "Side of a view in pixels; the shard set's canvas by default.")
     stem: Stem = option("3x3", "First convolution: 3x3 stride 1, or 7x7 stride 2.", recipe=True)
+    channels: int = option(
+        1,
+        "Channels of the encoder's input: 1, or 3 equal ones, for programs that expect RGB; the images are grey.",
+    )
     temperature: float = option(0.07, "Softmax temperature; lower is sharper.", recipe=True)
     threshold: float = option(0.3, "Smallest Jaccard similarity of a positive pair.", recipe=True)
     optimizer: Literal["sgd", "adam"] = option("sgd", "Optimiser.", recipe=True)
@@ -82,8 +91,16 @@ class PretrainConfig:
         "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
     )
     compile: bool | None = option(None, "Compile model and loss with torch.compile; by default on GPUs only.")
-    renderer: Renderer = option("auto", "What makes the views: DALI where it is installed, else torch.")
-    store: Tier = option("auto", "Where decoded pixels are kept; the GPU if they fit, else host memory.")
+    renderer: Renderer = option(
+        "auto",
+        "What makes the views: DALI on a GPU where it is installed, and torch on a CPU, where it is faster.",
+    )
+    store: Tier = option(
+        "auto", "Where decoded pixels are kept: the GPU if they fit, else host memory, else nowhere (stream)."
+    )
+    shuffle_window: int = option(
+        16_384, "Images that are mixed at a time; up to as many wait in memory, encoded, when they are streamed."
+    )
     threads: int | None = option(None, "CPU threads that decode and render; all cores by default.")
     checkpoint_every: int = option(10, "Epochs between two checkpoints.")
 
@@ -93,10 +110,13 @@ class PretrainConfig:
         at_least("warmup_epochs", self.warmup_epochs, 0)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("seed", self.seed, 0)
+        at_least("shuffle_window", self.shuffle_window, 1)
         if self.image_size is not None:
             at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+        if self.channels not in (1, 3):
+            raise InputError(f"--channels must be 1 or 3, got {self.channels}")
         if not self.temperature > 0:
             raise InputError(f"--temperature must be above 0, got {self.temperature}")
         if not 0 < self.threshold <= 1:
@@ -169,13 +189,19 @@ def pretrain_config(given: Mapping[str, Any]) -> PretrainConfig:
 class EvaluateConfig:
     """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training."""
 
-    task: Path = option(Path("task"), "Task folder: images and dataframe/*_{train,val,test}_fold{1..5}.csv.")
+    task: Path = option(
+        Path("task"), "Task: images and dataframe/*_{train,val,test}_fold{1..5}.csv, or two class folders."
+    )
     init: tuple[str, ...] = option(
         (), "Encoder to judge: a run folder, an encoder file, scratch, or imagenet. Repeatable."
     )
     protocol: tuple[Protocol, ...] = option(("finetune", "probe"), "Protocol; both by default. Repeatable.")
     recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
     out: Path = option(Path("results"), "Results folder to write.")
+    group: str | None = option(
+        None, "Patient of an image: a column of the fold files, or a regular expression for its path."
+    )
+    positive: str | None = option(None, "Positive one of two class folders; malignant, yes, 1 or the second.")
     repeats: int = option(10, "How often all folds are trained anew.")
     epochs: int = option(10, "Epochs of each training.")
     batch_size: int = option(32, "Images a step.")
@@ -189,6 +215,7 @@ class EvaluateConfig:
     precision: Precision = option(
         "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
     )
+    compile: bool | None = option(None, "Compile fine-tuning with torch.compile; by default on GPUs only.")
 
     def __post_init__(self) -> None:
         for name in ("repeats", "epochs"):
@@ -200,6 +227,11 @@ class EvaluateConfig:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise InputError(f"--{name.replace('_', '-')} must be above 0, got {rate}")
+        if self.group is not None:
+            try:
+                re.compile(self.group)
+            except re.error as error:
+                raise InputError(f"--group {self.group} is no regular expression ({error})") from error
         if not self.init:
             raise InputError("no encoder to judge: name one or more with --init RUN_FOLDER or --init scratch")
 
@@ -211,6 +243,22 @@ class EvaluateConfig:
             probe_lr=self.probe_lr or (self.lr if paper else 1e-3),
             stem=self.stem or ("3x3" if paper else "7x7"),
         )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of `modan-fast report`."""
+
+    out: Path | None = option(None, "Folder to write to; the results folder by default.")
+    reference: str | None = option(
+        None, "Init that the others are compared with; by default the first one of the method mulsupcon."
+    )
+    shards: Path | None = option(None, "Shard set whose images the UMAP shows; by default the inits' own.")
+    samples: int = option(2000, "Images in the UMAP; 0 leaves it out.")
+    device: Device = option("auto", "Where to compute features; a GPU if there is one.")
+
+    def __post_init__(self) -> None:
+        at_least("samples", self.samples, 0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -6,6 +6,8 @@ views of image i. The value is float32 (float64 for float64 input), computed out
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +21,23 @@ def jaccard(labels: Tensor) -> Tensor:
     return both_NN / either_NN.clamp(min=1)
 
 
+class Gram(torch.autograd.Function):
+    """The products of all pairs of rows, (V, D) to (V, V), with one matrix product fewer to go back.
+
+    Autograd does not know that both factors are the same: it makes G z and G' z where (G + G') z is their sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(z_VD)
+        return z_VD @ z_VD.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient_VV: Tensor) -> Tensor:
+        (z_VD,) = ctx.saved_tensors
+        return (gradient_VV + gradient_VV.T) @ z_VD
+
+
 def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Tensor:
     """Mean over anchors of the weighted cross-entropy between an anchor's positives and its softmax.
 
@@ -29,7 +48,7 @@ def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Te
     # Only the softmax needs all pairs of views. What pulls an anchor a to its positives p is
     # sum w_ap z_a.z_p = z_a . sum w_ap z_p, and w is the same for all four pairs of views of two images.
     z_VD = F.normalize(embeddings_VD, dim=1)
-    logits_VV = (z_VD / temperature) @ z_VD.T
+    logits_VV: Tensor = Gram.apply(z_VD * temperature**-0.5)
     log_total_V = logits_VV.fill_diagonal_(-torch.inf).logsumexp(1)
     weight_NN = weight_NN.clone().fill_diagonal_(1)
     first_ND, second_ND = z_VD.chunk(2)

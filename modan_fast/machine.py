@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import psutil
 import torch
 
 from modan_fast import __version__
-from modan_fast.store import GPU_SHARE, HOST_SHARE, dali_installed
+from modan_fast.decode import dali_installed
+from modan_fast.store import GPU_SHARE, HOST_SHARE
 from shard_builder.settings import InputError, usable_cores
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,25 @@ def compute_type(precision: str, device: torch.device) -> torch.dtype:
         return torch.float32  # bf16 is emulated on most CPUs, and far slower
     # Asked without emulation, because torch reports bf16 for GPUs that only emulate it.
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory taken so far, in GiB: `peak_host_gib` by this process, and on a GPU `peak_gpu_gib` by all.
+
+    Torch's and DALI's pools keep what they once took on a GPU, so what is taken now is the most so far.
+    """
+    if sys.platform == "win32":
+        host = psutil.Process().memory_info().peak_wset
+    else:
+        import resource  # Unix only
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {"peak_host_gib": host}
+    if device.type == "cuda":
+        free, size = torch.cuda.mem_get_info(device)
+        found["peak_gpu_gib"] = size - free
+    return {name: round(value / 2**30, 3) for name, value in found.items()}
 
 
 def driver_cuda() -> int | None:
@@ -118,7 +139,7 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
     dtype = str(compute_type("auto", device)).removeprefix("torch.")
     place = "the GPU" if on_gpu else "the CPU"
     follows = [f"training runs on {place} in {dtype}"]
-    follows.append(f"views are made by {'DALI' if dali_installed() else 'torch'} on {place}")
+    follows.append(f"views are made by {'DALI' if on_gpu and dali_installed() else 'torch'} on {place}")
     if not on_gpu:
         follows.append("nothing is compiled (it gains nothing on CPUs; --compile forces it)")
     else:
@@ -126,7 +147,7 @@ def examine() -> tuple[list[tuple[str, str]], list[str]]:
     free = f"{HOST_SHARE * memory.available / 2**30:.1f} GiB in host memory"
     if on_gpu:
         free = f"{GPU_SHARE * torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB on the GPU, else {free}"
-    follows.append(f"decoded pixels may take {free}")
+    follows.append(f"decoded pixels may take {free}; larger sets are streamed")
     return found, follows
 
 

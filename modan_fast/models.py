@@ -58,11 +58,10 @@ def start_from_imagenet(encoder: ResNet, weights: Mapping[str, Tensor], *, sum_f
     """
     wanted = encoder.state_dict()
     given = {key: value for key, value in weights.items() if not key.startswith("fc.")}
-    first = given.get("conv1.weight", torch.empty(0)).sum(1, keepdim=True)
-    if sum_filters and first.shape == wanted["conv1.weight"].shape:
-        given["conv1.weight"] = first
-    else:
-        given["conv1.weight"] = wanted["conv1.weight"]
+    drawn, first = wanted["conv1.weight"], given.get("conv1.weight", torch.empty(0))
+    if drawn.shape[1] == 1:
+        first = first.sum(1, keepdim=True) if sum_filters else drawn
+    given["conv1.weight"] = first if first.shape == drawn.shape else drawn
     for key in wanted.keys() - given.keys():
         # Weights from before torch 0.4.1 do not count batches; nothing here reads the count.
         if key.endswith("num_batches_tracked"):

@@ -1,4 +1,4 @@
-"""Pixels and parameters to views: DALI on a GPU, DALI on a CPU, and torch, the reference.
+"""Pixels and parameters to views: DALI on a GPU, torch or DALI on a CPU, and the reference that they agree with.
 
 A renderer is given work with `submit` and hands the views over with `collect`, in the same order; between the
 two it works in the background, so the next batch is made while this one trains.
@@ -9,27 +9,31 @@ N images, S x S canvas, H x H view, V = 2N views, rows i and i + N of one image 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from modan_fast import config
 from modan_fast.augment import ViewParameters
-from modan_fast.store import dali_installed
+from modan_fast.decode import dali_installed
 from shard_builder.settings import InputError
+
+PART = 16  # views that a thread makes at a time
 
 
 class Renderer(Protocol):
     """What the loader needs of a renderer."""
 
-    def submit(self, pixels: Tensor, views: Sequence[ViewParameters]) -> None:
-        """Start the views of `pixels` (N, S, S) uint8; `views` holds the parameters of the first, then the second."""
+    def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
+        """Start the views of `pixels` (N, S, S) uint8; `view` holds the parameters of all V of them, in order."""
 
     def collect(self) -> Tensor:
         """The oldest submitted views, (V, 1, H, H) in [0, 1], channels-last; waits until they are made."""
@@ -43,29 +47,30 @@ def open_renderer(
     device: torch.device,
     dtype: torch.dtype,
     threads: int,
-    views: int = 2,
     blur: bool = False,
 ) -> Renderer:
-    """The renderer that `name` stands for; `auto` is DALI where it is installed.
+    """The renderer that `name` stands for; `auto` is DALI on a GPU, where it is installed, and torch on a CPU.
 
-    It makes `views` views of each of up to `batch_size` images at a time; `blur` says whether any is blurred.
-    Raises `InputError` where DALI is asked for and missing.
+    It makes up to `batch_size` views at a time; `blur` says whether any is blurred. Raises `InputError` where
+    DALI is asked for and missing.
     """
     if name == "dali" and not dali_installed():
         raise InputError("--renderer dali needs NVIDIA DALI, which is for Linux only: pass --renderer torch")
-    if name == "torch" or not dali_installed():
-        return TorchRenderer(size, device, dtype)
-    return DaliRenderer(size, batch_size, device, dtype, threads, views, blur)
+    if name == "torch" or not dali_installed() or (name == "auto" and device.type == "cpu"):
+        return TorchRenderer(size, device, dtype, threads)
+    return DaliRenderer(size, batch_size, device, dtype, threads, blur)
 
 
-def render_view(pixels: Tensor, view: ViewParameters, size: int) -> Tensor:
-    """The reference: a view of each of `pixels` (N, S, S) uint8 as float32 (N, 1, size, size) in [0, 1].
+def render_view(pixels: Tensor | list[Tensor], view: ViewParameters, size: int) -> Tensor:
+    """The reference: views of `pixels` (N, S, S) uint8 as float32 (V, 1, size, size) in [0, 1].
 
+    `view` holds the parameters of one view of each image, or of the first views of all and then the second.
     Crop, antialiased bilinear resize, flip, brightness, then contrast about the view's own mean, both clamped
     to the range, then blur, as torchvision's functional operations do without their rounding to 8 bits.
     """
     crops = []
-    for image, (top, left, height, width), flip in zip(pixels, view.box.tolist(), view.flip, strict=True):
+    images = [*pixels] * (len(view.flip) // len(pixels))
+    for image, (top, left, height, width), flip in zip(images, view.box.tolist(), view.flip, strict=True):
         crop = image[None, None, top : top + height, left : left + width].float()
         crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
         crops.append(crop.flip(-1) if flip else crop)
@@ -87,32 +92,67 @@ def blur_window(size: int) -> int:
 
 
 class TorchRenderer:
-    """Renders with `render_view`, where the pixels are; for machines without DALI, and as the reference."""
+    """Renders with torch where the pixels are to be: on a CPU in threads, elsewhere with `render_view`.
 
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+    On a CPU it is faster than DALI, because torch resamples 8-bit images with vector instructions.
+    """
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         self.size, self.device, self.dtype = size, device, dtype
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="render")
-        self._pending: deque[Future[Tensor]] = deque()
+        # Views are enough to keep all cores busy: an operation needs no threads of its own.
+        self._threads = ThreadPoolExecutor(threads, "render", initializer=torch.set_num_threads, initargs=(1,))
+        self._pending: deque[list[Future[Tensor]]] = deque()
 
-    def _render(self, pixels: Tensor, views: Sequence[ViewParameters]) -> Tensor:
-        rendered = torch.cat([render_view(pixels, view, self.size) for view in views])
-        return rendered.to(self.device, self.dtype, memory_format=torch.channels_last)
-
-    def submit(self, pixels: Tensor, views: Sequence[ViewParameters]) -> None:
+    def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
         """See `Renderer.submit`."""
-        self._pending.append(self._worker.submit(self._render, pixels, views))
+        if self.device.type != "cpu":
+            self._pending.append([self._threads.submit(render_view, pixels, view, self.size)])
+            return
+        count = len(view.flip)
+        # In channels-last layout, as convolutions are told to work.
+        views = torch.empty((count, self.size, self.size, 1)).permute(0, 3, 1, 2)
+        parts = (slice(start, min(start + PART, count)) for start in range(0, count, PART))
+        self._pending.append([self._threads.submit(draw, pixels, view, part, views) for part in parts])
 
     def collect(self) -> Tensor:
         """See `Renderer.collect`."""
-        return self._pending.popleft().result()
+        views = [part.result() for part in self._pending.popleft()][-1]
+        return views.to(self.device, self.dtype, memory_format=torch.channels_last)
+
+
+def draw(pixels: Tensor | list[Tensor], view: ViewParameters, part: slice, views: Tensor) -> Tensor:
+    """Write a part of the views of `pixels` (N, S, S) to `views` (V, 1, H, H) float32, which is returned.
+
+    As `render_view`, but for the resized image, which is rounded to 8 bits, as torchvision's is.
+    """
+    size, window = views.shape[-1], blur_window(views.shape[-1])
+    names = ("box", "flip", "brightness", "contrast", "sigma")
+    parameters = zip(*(getattr(view, name)[part].tolist() for name in names), strict=True)
+    for number, (box, flip, brightness, contrast, sigma) in enumerate(parameters, part.start):
+        top, left, height, width = box
+        crop = pixels[number % len(pixels)][top : top + height, left : left + width]
+        crop = crop.flip(-1) if flip else crop
+        levels = F.interpolate(crop[None, None], (size, size), mode="bilinear", antialias=True)
+        shown, bright = views[number], levels[0].float().mul_(brightness).clamp_(max=255)
+        torch.mul(bright, contrast / 255, out=shown)
+        if contrast != 1:
+            shown.add_(float(bright.mean()) * (1 - contrast) / 255).clamp_(0, 1)
+        if sigma:
+            shown.copy_(gaussian_blur(shown, [window, window], [sigma, sigma]))
+    return views
 
 
 def dali_pipeline(
-    size: int, batch_size: int, device: torch.device, threads: int, count: int = 2, blur: bool = False
+    size: int,
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+    blur: bool = False,
+    stages: int | None = None,
 ) -> Any:
-    """The DALI pipeline, the same for CPU and GPU: uint8 images and parameters in, `count` uint8 views of each out.
+    """The DALI pipeline, the same for CPU and GPU: uint8 images and parameters in, float32 views in [0, 1] out.
 
-    Every stage saturates and rounds to 8 bits, as torchvision's operations on 8-bit images do.
+    `stages` cuts it off after so many of its `dali_stages`, for whoever wants to know what each costs.
     """
     from nvidia.dali import Pipeline, fn, types
 
@@ -123,94 +163,123 @@ def dali_pipeline(
         device_id=device.index if place == "gpu" else None,
         # One batch in flight: the loader submits the next one before it hands over this one.
         prefetch_queue_depth=1,
+        # With it an output is its receiver's own, and the next run writes elsewhere.
         exec_dynamic=True,
     )
+
+    with pipeline:
+        images = fn.external_source(
+            name="pixels",
+            device=place,
+            dtype=types.UINT8,
+            ndim=3,
+            layout="HWC",
+            batch=True,
+            # On the CPU it reads the rows where they lie, those of the first view again for the second.
+            no_copy=place == "cpu",
+        )
+        *_, view = islice(dali_stages(images, size, place, blur), stages)
+        pipeline.set_outputs(view)
+    pipeline.build()
+    return pipeline
+
+
+def dali_stages(images: Any, size: int, place: str, blur: bool) -> Iterator[Any]:
+    """What becomes of `images` stage by stage, inside a pipeline for `place` (cpu or gpu).
+
+    The stages are crop, resize, brightness, its mean, contrast, blur where there is any, and float32. All but the
+    mean and the last saturate and round to 8 bits, as torchvision's operations on 8-bit images do.
+    """
+    from nvidia.dali import fn, types
 
     def argument(name: str, ndim: int, dtype: Any = types.FLOAT) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True)
 
-    with pipeline:
-        images = fn.external_source(
-            name="pixels", device=place, dtype=types.UINT8, ndim=3, layout="HWC", batch=True
-        )
-        views = []
-        for view in range(count):
-            # Sliced first, because a region of interest would let its surroundings bleed into its edges.
-            crop = fn.slice(
-                images,
-                start=argument(f"corner{view}", 1, types.INT32),
-                shape=argument(f"extent{view}", 1, types.INT32),
-                axes=(0, 1),
-            )
-            resized = fn.resize(
-                crop,
-                size=(size, size),
-                roi_start=argument(f"start{view}", 1),
-                roi_end=argument(f"end{view}", 1),
-                roi_relative=True,
-                interp_type=types.INTERP_LINEAR,
-                antialias=True,
-            )
-            bright = fn.brightness_contrast(resized, brightness=argument(f"brightness{view}", 0))
-            mean = fn.reductions.mean(bright)
-            made = fn.brightness_contrast(
-                bright,
-                contrast=argument(f"contrast{view}", 0),
-                # DALI takes the arguments of an operator from the host, on GPUs too.
-                contrast_center=mean.cpu() if place == "gpu" else mean,
-            )
-            if blur:
-                made = fn.gaussian_blur(made, sigma=argument(f"sigma{view}", 0), window_size=blur_window(size))
-            views.append(made)
-        pipeline.set_outputs(*views)
-    pipeline.build()
-    return pipeline
+    # Sliced first, because a region of interest would let its surroundings bleed into its edges.
+    crop = fn.slice(
+        images,
+        start=argument("corner", 1, types.INT32),
+        shape=argument("extent", 1, types.INT32),
+        axes=(0, 1),
+    )
+    yield crop
+    resized = fn.resize(
+        crop,
+        size=(size, size),
+        roi_start=argument("start", 1),
+        roi_end=argument("end", 1),
+        roi_relative=True,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    yield resized
+    bright = fn.brightness_contrast(resized, brightness=argument("brightness", 0))
+    yield bright
+    mean = fn.reductions.mean(bright)
+    yield mean
+    view = fn.brightness_contrast(
+        bright,
+        contrast=argument("contrast", 0),
+        # DALI takes the arguments of an operator from the host, on GPUs too.
+        contrast_center=mean.cpu() if place == "gpu" else mean,
+    )
+    yield view
+    if blur:
+        view = fn.gaussian_blur(view, sigma=argument("sigma", 0), window_size=blur_window(size))
+        yield view
+    yield view * np.float32(1 / 255)
+
+
+def dali_arguments(view: ViewParameters) -> dict[str, NDArray[Any]]:
+    """What the stages are told of each view, by the names of their inputs, in the order of the stages."""
+    flip = view.flip.astype(np.float32)
+    zero, one = np.zeros_like(flip), np.ones_like(flip)
+    return {
+        "corner": np.ascontiguousarray(view.box[:, :2]),
+        "extent": np.ascontiguousarray(view.box[:, 2:]),
+        # A region that ends before it starts is mirrored: the flip costs nothing.
+        "start": np.stack([zero, flip], axis=1),
+        "end": np.stack([one, one - flip], axis=1),
+        "brightness": view.brightness,
+        "contrast": view.contrast,
+        # DALI chooses a sigma of its own for 0; this one's neighbours weigh nothing.
+        "sigma": view.sigma.clip(min=0.05),
+    }
 
 
 class DaliRenderer:
     """Renders with DALI's operators on the training device, from parameters that `augment` computed."""
 
     def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        threads: int,
-        views: int = 2,
-        blur: bool = False,
+        self, size: int, batch_size: int, device: torch.device, dtype: torch.dtype, threads: int, blur: bool
     ) -> None:
         self.device, self.dtype, self.blur = device, dtype, blur
-        self._pipeline = dali_pipeline(size, batch_size, device, threads, views, blur)
+        self._pipeline = dali_pipeline(size, batch_size, device, threads, blur)
+        self._pending: deque[Any] = deque()  # the images that the pipeline is reading
 
-    def submit(self, pixels: Tensor, views: Sequence[ViewParameters]) -> None:
+    def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
         """See `Renderer.submit`."""
-        images = pixels[..., None]
-        # DALI asks torch for a CUDA stream when it is given any tensor of torch's, so host pixels go as an array.
-        self._pipeline.feed_input("pixels", images if images.is_cuda else images.numpy(), layout="HWC")
-        for number, view in enumerate(views):
-            flip = view.flip.astype(np.float32)
-            zero, one = np.zeros_like(flip), np.ones_like(flip)
-            self._pipeline.feed_input(f"corner{number}", np.ascontiguousarray(view.box[:, :2]))
-            self._pipeline.feed_input(f"extent{number}", np.ascontiguousarray(view.box[:, 2:]))
-            # A region that ends before it starts is mirrored: the flip costs nothing.
-            self._pipeline.feed_input(f"start{number}", np.stack([zero, flip], axis=1))
-            self._pipeline.feed_input(f"end{number}", np.stack([one, one - flip], axis=1))
-            self._pipeline.feed_input(f"brightness{number}", view.brightness)
-            self._pipeline.feed_input(f"contrast{number}", view.contrast)
-            if self.blur:
-                # DALI chooses a sigma of its own for 0; this one's neighbours weigh nothing.
-                self._pipeline.feed_input(f"sigma{number}", view.sigma.clip(min=0.05))
+        feed = self._pipeline.feed_input
+        views = len(view.flip) // len(pixels)
+        images: Any
+        if self.device.type == "cuda":
+            assert isinstance(pixels, Tensor)
+            images = torch.cat([pixels[..., None].to(self.device, non_blocking=True)] * views)
+        else:
+            # DALI asks torch for a CUDA stream when it is given any tensor of torch's, so host pixels go as arrays.
+            images = [image[..., None].numpy() for image in pixels] * views
+        feed("pixels", images, layout="HWC")
+        for name, values in dali_arguments(view).items():
+            if name != "sigma" or self.blur:
+                feed(name, values)
         self._pipeline.schedule_run()
+        self._pending.append(images)
 
     def collect(self) -> Tensor:
         """See `Renderer.collect`."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        outputs = self._pipeline.share_outputs(cuda_stream=stream)
-        levels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        count, *shape = levels[0].shape
-        views = torch.empty((count * len(levels), *shape), dtype=self.dtype, device=self.device)
-        for part, of_view in zip(views.split(count), levels, strict=True):
-            part.copy_(of_view)  # so the pipeline may have its buffers back
+        (output,) = self._pipeline.share_outputs(cuda_stream=stream)
+        views = torch.from_dlpack(output.as_tensor()).to(self.dtype)
         self._pipeline.release_outputs()
-        return views.mul_(1 / 255).permute(0, 3, 1, 2)
+        self._pending.popleft()
+        return views.permute(0, 3, 1, 2)

@@ -1,26 +1,26 @@
 """Decode once: the pixels of a whole shard set as uint8, in sample order, on the GPU or in host memory.
 
+What does not fit there is streamed, and read and decoded anew each epoch.
+
 S samples, C x C canvas, K label bits.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
-import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from modan_fast import config
-from modan_fast.shards import ShardSet
+from modan_fast.shards import ShardSet, first_line
+from modan_fast.stream import Ids, Samples, Stream
 from shard_builder.settings import InputError, Report, silent
 
 log = logging.getLogger(__name__)
@@ -28,59 +28,66 @@ log = logging.getLogger(__name__)
 READ_BATCH = 64  # images decoded at a time
 # Shares of the free memory that pixels may take; the rest is for activations, and for the machine's other users.
 GPU_SHARE, HOST_SHARE = 0.5, 0.8
+TITLES = {"gpu": "on the GPU", "host": "in host memory"}
 
-Chunk = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]
+Place = Literal["gpu", "host"]
+
+
+class Store(Protocol):
+    """What the loader needs of a place that holds samples: in memory, or in the tars themselves."""
+
+    @property
+    def canvas(self) -> int:
+        """Side of the stored images in pixels."""
+
+    @property
+    def counts(self) -> list[int]:
+        """The samples of each shard."""
+
+    def fetch(self, parts: Sequence[Ids]) -> Generator[Samples, None, None]:
+        """The samples of each part, in its order."""
+
+
+class NoRoomError(Exception):
+    """The pixels do not fit into a tier. The message says why."""
 
 
 @dataclass(frozen=True)
-class Store:
+class Memory:
     """All samples of a shard set, decoded.
 
     `pixels` (S, C, C) uint8 lie on the GPU or in host memory; `labels` (S, K) uint8, 0/1, and `targets` (S,)
-    int64, class indices, lie on the training device.
+    int64, class indices, lie on the training device. `counts` holds the samples of each shard.
     """
 
     pixels: Tensor
     labels: Tensor
     targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels)
+    counts: list[int]
 
     @property
     def canvas(self) -> int:
         """Side of the stored images in pixels."""
         return self.pixels.shape[1]
 
-
-def dali_installed() -> bool:
-    """Whether NVIDIA DALI can be imported."""
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-
-
-def pick_tier(tier: config.Tier, size: int, device: torch.device) -> Literal["gpu", "host"]:
-    """Where `size` bytes of pixels are kept: as told, or the GPU if they fit there, else host memory.
-
-    Logs the choice and its reason. Raises `InputError` where they fit nowhere, or not where they were told to.
-    """
-    pixels = f"{size / 2**30:.2f} GiB of pixels"
-    if tier == "gpu" and device.type != "cuda":
-        raise InputError("--store gpu needs a GPU that torch can use: pass --store host")
-    if device.type == "cuda" and tier != "host":
-        free, _ = torch.cuda.mem_get_info(device)
-        if size <= GPU_SHARE * free:
-            log.info("store: gpu (%s, %.1f GiB free)", pixels, free / 2**30)
-            return "gpu"
-        if tier == "gpu":
-            raise InputError(f"--store gpu: {pixels} are over half of the {free / 2**30:.1f} GiB free on the GPU")
-    free = psutil.virtual_memory().available
-    if size > HOST_SHARE * free:
-        raise InputError(
-            f"{pixels} do not fit into the {free / 2**30:.1f} GiB of free memory: shard with a smaller "
-            "--size or --per-class"
-        )
-    log.info("store: host memory (%s, %.1f GiB free)", pixels, free / 2**30)
-    return "host"
+    def fetch(self, parts: Sequence[Ids]) -> Generator[Samples, None, None]:
+        """The samples of each part, in its order, on the training device."""
+        device = self.labels.device
+        for ids in parts:
+            pixels: Tensor | list[Tensor]
+            if device.type == "cpu":
+                pixels = [
+                    self.pixels[sample] for sample in ids.tolist()
+                ]  # gathered, they would be copied for nothing
+            elif self.pixels.is_pinned():
+                # Row by row, straight from the store: gathered first, they would be copied twice.
+                pixels = torch.empty((len(ids), self.canvas, self.canvas), dtype=torch.uint8, device=device)
+                for row, sample in zip(pixels, ids.tolist(), strict=True):
+                    row.copy_(self.pixels[sample], non_blocking=True)
+            else:
+                pixels = self.pixels[torch.from_numpy(ids).to(device)]
+            there = torch.from_numpy(ids).to(device)
+            yield Samples(ids, pixels, self.labels[there], self.targets[there])
 
 
 def open_store(
@@ -89,73 +96,88 @@ def open_store(
     tier: config.Tier = "auto",
     renderer: config.Renderer = "auto",
     device: torch.device,
+    batch_size: int,
     threads: int,
     report: Report = silent,
 ) -> Store:
-    """Check the shards' hashes and decode every sample once.
+    """Decode every sample once and keep it on the GPU or else in host memory; or else stream the samples.
 
-    Raises `InputError` where a shard is damaged, or where memory does not suffice.
+    Says what it chose and why. Up to `batch_size` samples are fetched at a time; `renderer` says what decodes
+    them. Raises `InputError` where a shard is damaged, or where the samples do not fit where `tier` says.
+    """
+    if tier == "gpu" and device.type != "cuda":
+        raise InputError("--store gpu needs a GPU that torch can use: pass --store host")
+    places: tuple[Place, ...] = ("gpu", "host") if device.type == "cuda" else ("host",)
+    for place in places:
+        if tier in ("auto", place):
+            try:
+                return read_all(
+                    shards, place=place, renderer=renderer, device=device, threads=threads, report=report
+                )
+            except NoRoomError as error:
+                if tier != "auto":
+                    raise InputError(
+                        f"--store {tier}: {error}: leave the option out, or pass --store stream"
+                    ) from None
+                log.warning("store: not %s, because %s", TITLES[place], error)
+    log.info("store: streamed from %s", shards.place)
+    return Stream(shards, renderer=renderer, batch_size=batch_size, threads=threads)
+
+
+def read_all(
+    shards: ShardSet,
+    *,
+    place: Place = "host",
+    renderer: config.Renderer = "auto",
+    device: torch.device,
+    threads: int,
+    report: Report = silent,
+) -> Memory:
+    """Decode every sample once. Pixels in host memory are pinned where `device` is a GPU.
+
+    Raises `InputError` where a shard is damaged, and `NoRoomError` where the pixels do not fit into `place`.
     """
     manifest = shards.manifest
     samples, canvas = manifest.samples, manifest.size
-    kept = pick_tier(tier, samples * canvas**2, device)
-    manifest.check_hashes(shards.folder, report)
-    pixels = torch.empty((samples, canvas, canvas), dtype=torch.uint8, device=device if kept == "gpu" else "cpu")
-    labels = np.empty((samples, manifest.bits), np.uint8)
-    targets = np.empty(samples, np.int64)
-    with_dali = renderer != "torch" and dali_installed()
-    done = 0
-    for chunk in _read_with_dali(shards, threads) if with_dali else _read_with_pillow(shards):
-        part = slice(done, done + len(chunk[0]))
-        pixels[part], labels[part], targets[part] = torch.from_numpy(chunk[0]), chunk[1], chunk[2]
-        done = part.stop
-        report("decoding", done, samples, "")
-    return Store(pixels, torch.from_numpy(labels).to(device), torch.from_numpy(targets).to(device))
-
-
-def _read_with_dali(shards: ShardSet, threads: int) -> Iterator[Chunk]:
-    """The samples in storage order, through DALI's webdataset reader, which wants the index beside each tar."""
-    from nvidia.dali import Pipeline, fn, types
-
-    manifest = shards.manifest
-    pipeline = Pipeline(batch_size=READ_BATCH, num_threads=threads, device_id=None)
-    with pipeline:
-        encoded, labels, target = fn.readers.webdataset(  # type: ignore[misc]
-            paths=[str(path) for path in shards.tars],
-            index_paths=[str(path) for path in shards.indices],
-            ext=[_extension(manifest.codec), "labels", "target"],
-            missing_component_behavior="error",
+    pinned = place == "host" and device.type == "cuda"
+    check_room(place, samples * canvas**2, device)
+    if not shards.remote:
+        manifest.check_hashes(Path(shards.place), report)
+    try:
+        pixels = torch.empty(
+            (samples, canvas, canvas),
+            dtype=torch.uint8,
+            device=device if place == "gpu" else "cpu",
+            pin_memory=pinned,
         )
-        shape = (manifest.size, manifest.size, 1)
-        pixels: Any = (
-            fn.reshape(encoded, shape=shape)
-            if manifest.codec == "raw"
-            else fn.decoders.image(encoded, output_type=types.GRAY)
-        )
-        labels = fn.reshape(labels, shape=(manifest.bits,))
-        pipeline.set_outputs(pixels, labels, fn.reinterpret(target, dtype=types.INT32, shape=(1,)))
-    pipeline.build()
-    for done in range(0, manifest.samples, READ_BATCH):
-        # The reader starts over at the end, so the last batch is filled up with samples that were read before.
-        count = min(READ_BATCH, manifest.samples - done)
-        read = [output.as_array()[:count] for output in pipeline.run()]
-        yield read[0][..., 0], read[1], read[2][:, 0].astype(np.int64)
+    except RuntimeError as error:  # of which torch's out-of-memory errors are kinds
+        raise NoRoomError(first_line(error)) from None
+    labels = torch.empty((samples, manifest.bits), dtype=torch.uint8)
+    targets = torch.empty(samples, dtype=torch.int64)
+    stream = Stream(shards, renderer=renderer, batch_size=READ_BATCH, threads=threads)
+    with closing(stream.first(samples)) as read:
+        for each in read:
+            assert isinstance(each.pixels, Tensor)
+            here = slice(each.ids[0], each.ids[-1] + 1)
+            pixels[here], labels[here], targets[here] = each.pixels, each.labels, each.targets
+            report("decoding", here.stop, samples, "")
+            # The system gives memory out when it is first written to, and may by then have none left.
+            left = (samples - here.stop) * canvas**2
+            if place == "host" and not pinned and left > (free := psutil.virtual_memory().available):
+                raise NoRoomError(f"other programs left {_gib(free)} for the last {_gib(left)} of pixels")
+    return Memory(pixels, labels.to(device), targets.to(device), shards.counts)
 
 
-def _read_with_pillow(shards: ShardSet) -> Iterator[Chunk]:
-    """The samples in storage order, through the webdataset library and Pillow."""
-    import webdataset
-
-    manifest = shards.manifest
-    size, extension = manifest.size, _extension(manifest.codec)
-    for sample in webdataset.WebDataset([str(path) for path in shards.tars], shardshuffle=False):
-        if manifest.codec == "raw":
-            pixels = np.frombuffer(sample[extension], np.uint8).reshape(size, size)
-        else:
-            pixels = np.asarray(Image.open(io.BytesIO(sample[extension])))
-        target = np.frombuffer(sample["target"], "<i4").astype(np.int64)
-        yield pixels[None].copy(), np.frombuffer(sample["labels"], np.uint8)[None], target
+def check_room(place: Place, size: int, device: torch.device) -> None:
+    """Say that `size` bytes of pixels fit into the free memory of a place; raises `NoRoomError` where they do not."""
+    if place == "gpu":
+        free, share = torch.cuda.mem_get_info(device)[0], GPU_SHARE
+    else:
+        free, share = psutil.virtual_memory().available, HOST_SHARE
+    if size > share * free:
+        raise NoRoomError(f"{_gib(size)} of pixels are over {share:.0%} of the {_gib(free)} that are free")
+    log.info("store: %s (%s of pixels, %s free)", TITLES[place], _gib(size), _gib(free))
 
 
-def _extension(codec: str) -> str:
-    return "jpg" if codec == "jpeg" else codec
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

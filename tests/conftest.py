@@ -9,11 +9,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from shard_builder.build import BuildOptions, build
+from shard_builder.build import build
+from shard_builder.options import BuildOptions
 
 TREE = ("CT/lung/Nodule", "CT/abd/mass", "MR/brain/glioma", "US/liver")
+
+
+def pytest_runtest_setup():
+    """Undo what a library did to torch's threads in the test before: numba, under UMAP, sets their number."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +52,6 @@ def real_data():
     """The folder of real images that MODAN_TEST_DATA names."""
     if "MODAN_TEST_DATA" not in os.environ:
         pytest.skip(
-            "real images are not at hand: set MODAN_TEST_DATA to a folder with radiology/ and downstream/"
+            "real images are not at hand: set MODAN_TEST_DATA to a folder with radiology/, dicom/ and downstream/"
         )
     return Path(os.environ["MODAN_TEST_DATA"])

@@ -107,15 +107,48 @@ def test_seed_epoch_and_view_each_change_the_view(changed):
     assert abs(np.corrcoef(base.brightness, other.brightness)[0, 1]) < 0.03
 
 
-@given(seed=st.integers(0, 2**63), epoch=st.integers(0, 10_000), samples=st.integers(0, 300))
-def test_an_order_holds_every_sample_once(seed, epoch, samples):
-    assert sorted(sample_order(seed, epoch, samples)) == list(range(samples))
+counts = st.lists(st.integers(1, 40), max_size=12)
+
+
+@given(seed=st.integers(0, 2**63), epoch=st.integers(0, 10_000), counts=counts, window=st.integers(1, 200))
+def test_an_order_holds_every_sample_once(seed, epoch, counts, window):
+    assert sorted(sample_order(seed, epoch, counts, window)) == list(range(sum(counts)))
+
+
+@given(seed=st.integers(0, 2**63), counts=counts, window=st.integers(1, 100))
+def test_whoever_reads_the_shards_as_they_are_due_holds_no_more_than_a_window(seed, counts, window):
+    order = sample_order(seed, 3, counts, window).tolist()
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum([0, *counts])
+    # Read sample by sample, the shards in the order in which their first sample is due.
+    shards = list(dict.fromkeys(shard_of[order].tolist()))
+    reading = iter([sample for shard in shards for sample in range(starts[shard], starts[shard + 1])])
+    held = set()
+    for sample in order:
+        while sample not in held:
+            held.add(next(reading))
+        # One more shard, because two may be due in another order than that in which they were shuffled.
+        assert len(held) <= max(window, 1) + max(counts)
+        held.remove(sample)
+
+
+def test_a_set_no_larger_than_the_window_is_shuffled_as_a_whole():
+    assert (sample_order(0, 0, [500, 500], 1000) == sample_order(0, 0, [10] * 100, 2000)).all()
+
+
+def test_a_larger_set_is_mixed_within_the_window_and_its_shards_change_places():
+    counts, window = [100] * 200, 2000
+    first, second = (sample_order(0, epoch, counts, window) for epoch in (0, 1))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
+    # A batch draws on many shards, as a window of twenty suggests.
+    shards = [len(set(batch // 100)) for batch in first.reshape(-1, 100)]
+    assert np.median(shards) > 15
 
 
 def test_orders_of_two_epochs_are_unrelated_and_without_drift():
-    first, second = sample_order(0, 0, DRAWS), sample_order(0, 1, DRAWS)
+    first, second = (sample_order(0, epoch, [DRAWS], DRAWS) for epoch in (0, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
     assert abs(np.corrcoef(first, np.arange(DRAWS))[0, 1]) < 0.03
     # The place of one sample over many epochs is uniform.
-    places = [int(np.argmax(sample_order(0, epoch, 100) == 7)) for epoch in range(1000)]
+    places = [int(np.argmax(sample_order(0, epoch, [100], 100) == 7)) for epoch in range(1000)]
     assert kstest(np.array(places) / 100 + 0.005, "uniform").pvalue > 1e-3

@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -14,14 +17,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 from modan_fast import pretrain as module
 from modan_fast.checkpoint import finished_epochs, load, load_encoder, load_imagenet, resumed_config
 from modan_fast.config import RECIPES, PretrainConfig, from_json, pretrain_config, to_json
-from modan_fast.pretrain import lr_at, pretrain, rate_at, wants_compile
+from modan_fast.pretrain import pretrain
+from modan_fast.step import lr_at, rate_at, wants_compile
 from shard_builder.settings import InputError
 
 
 def settings(shards, out, **changes):
     """Two seconds' worth of training."""
     small = {"epochs": 3, "batch_size": 12, "image_size": 32, "stem": "7x7", "warmup_epochs": 0, "lr": 0.02}
-    return PretrainConfig(shards=shards, out=out, device="cpu", threads=2, **{**small, **changes})
+    return PretrainConfig(shards=str(shards), out=out, device="cpu", threads=2, **{**small, **changes})
 
 
 def logged(run):
@@ -54,7 +58,9 @@ def test_the_loss_falls(shards, tmp_path):
 def test_the_log_tells_the_wall_clock_the_speed_and_the_wait_of_each_epoch(finished):
     for number, entry in enumerate(logged(finished), start=1):
         assert entry["epoch"] == number
-        assert entry["images_per_second"] == pytest.approx(48 / entry["seconds"], rel=0.05)
+        assert entry["views_per_second"] == pytest.approx(2 * 48 / entry["seconds"], rel=0.05)
+        # The process holds torch, and less than the machine has.
+        assert 0.1 < entry["peak_host_gib"] < psutil.virtual_memory().total / 2**30
         assert 0 <= entry["wait_share"] <= 1
 
 
@@ -67,6 +73,29 @@ def test_plain_torchvision_loads_the_encoder_with_only_fc_missing(finished):
     plain.fc = torch.nn.Identity()
     images = torch.rand(2, 1, 32, 32)
     torch.testing.assert_close(plain.eval()(images), load_encoder(finished).eval()(images))
+
+
+def test_an_encoder_of_three_channels_fits_torchvisions_network_as_it_is(shards, tmp_path):
+    run = pretrain(settings(shards, tmp_path / "run", channels=3, epochs=1))
+    plain = torchvision.models.resnet18()
+    missing, unexpected = plain.load_state_dict(weights(run), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"}
+    assert not unexpected
+    assert json.loads((run / "config.json").read_text())["preprocessing"]["channels"] == 3
+    plain.fc = torch.nn.Identity()
+    images = torch.rand(2, 1, 32, 32)
+    seen = plain.eval()(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(load_encoder(run).eval()(images), seen, rtol=1e-4, atol=1e-5)
+
+
+def test_three_equal_channels_see_what_one_of_summed_filters_sees(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "imagenet.pth")
+    grey, colour = (
+        load_imagenet(tmp_path / "imagenet.pth", "7x7", sum_filters=True, channels=channels).eval()
+        for channels in (1, 3)
+    )
+    images = torch.rand(2, 1, 32, 32)
+    torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_run_folder_tells_how_it_came_about(finished, shards):
@@ -103,6 +132,37 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_that_was_never_stopped(f
     assert [entry["loss"] for entry in logged(tmp_path / "run")] == pytest.approx(
         [entry["loss"] for entry in logged(finished)], rel=1e-6
     )
+
+
+KILLED_AT_A_STEP = """
+import json, os, signal, sys
+from modan_fast import pretrain
+from modan_fast.config import PretrainConfig, from_json
+
+def kill_at(stage, done, total, note=""):
+    if stage == "pretraining" and done == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+pretrain.LOOK_EVERY = 0.0
+pretrain.pretrain(from_json(PretrainConfig, json.loads(sys.argv[1])), report=kill_at)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
+@pytest.mark.parametrize(("tier", "at", "threads"), [("host", 6, 1), ("stream", 7, 3)])
+def test_a_killed_process_is_resumed_to_the_same_weights_whatever_the_threads(
+    shards, tmp_path, tier, at, threads
+):
+    # A window smaller than the set, and a last batch that is not full.
+    changes = {"shuffle_window": 25, "batch_size": 13, "drop_last": False, "checkpoint_every": 1}
+    whole = pretrain(settings(shards, tmp_path / "whole", store="host", **changes))
+    config = settings(shards, tmp_path / "run", store=tier, **changes)
+    arguments = [json.dumps(to_json(replace(config, threads=threads))), str(at)]
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_A_STEP, *arguments], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert load(tmp_path / "run")["epoch"] == (at - 1) // 4
+    pretrain(config, resume=True)
+    assert_same_weights(weights(tmp_path / "run"), weights(whole))
 
 
 def test_a_resumed_run_forgets_log_lines_that_no_checkpoint_holds(finished, shards, tmp_path):
