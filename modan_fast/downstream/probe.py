@@ -20,7 +20,6 @@ from modan_fast.models import FEATURES
 from shard_builder.settings import InputError
 
 SCORING_BATCH = 64  # images at once where nothing is trained; bounds memory, changes no result
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, as torch.optim has them
 
 
 def lr_at(epoch: int, *, peak: float) -> float:
@@ -35,12 +34,11 @@ def initial_head(cell: Cell, seed: int) -> Tensor:
     return torch.empty(2, FEATURES + 1).uniform_(-bound, bound, generator=generator)
 
 
-def apply(network: nn.Module, pixels: Tensor, compute_type: torch.dtype) -> Tensor:
+def apply(network: Callable[[Tensor], Tensor], pixels: Tensor, compute_type: torch.dtype) -> Tensor:
     """A network's float32 output for pixels (B, 1, H, W) uint8 on its device, scaled to [0, 1]."""
     views = pixels.to(torch.float32).div(255).contiguous(memory_format=torch.channels_last)
     with torch.autocast(views.device.type, compute_type, enabled=compute_type != torch.float32):
-        output: Tensor = network(views)
-    return output.float()
+        return network(views).float()
 
 
 @torch.no_grad()
@@ -60,37 +58,59 @@ def extract(encoder: nn.Module, pixels: Tensor, compute_type: torch.dtype) -> Te
     return features
 
 
-@torch.no_grad()
 def train_heads(
     features_NF: Tensor,
     task: Task,
     cells: Sequence[Cell],
     config: EvaluateConfig,
     tick: Callable[[int], None] = lambda epochs: None,
-) -> Tensor:
-    """Train one linear head a cell and return the scores (R, N) float32 that they give all images.
+) -> tuple[Tensor, Tensor]:
+    """Train one linear head a cell; the scores (R, N) float32 that they give all images, and the validation
+    losses (R, epochs) float32, both on the CPU.
 
     A score is the probability of the positive class. Each head is what torch.optim.Adam makes of it alone:
     cross-entropy, its own order and initial weights, the weights of the lowest validation loss. They are
     trained in float64, so that a score rounds to the same float32 whichever heads train beside it. `tick` is
     called after each epoch with the number of epochs done, one a head.
     """
-    device = features_NF.device
-    folds = [task.folds[cell.fold - 1] for cell in cells]
     inputs_NG = functional.pad(features_NF.double(), (0, 1), value=1.0)
-    labels_N = torch.from_numpy(task.labels).to(device)
-    val_RV = _padded([fold.val for fold in folds]).to(device)
-    inputs_RVG = inputs_NG[val_RV]
+    scores_RN = torch.empty(len(cells), len(inputs_NG))
+    losses_RE = torch.empty(len(cells), config.epochs)
+    # Heads whose folds have as many batches an epoch take every step together.
+    steps = [-(-len(task.folds[cell.fold - 1].train) // config.batch_size) for cell in cells]
+    for count in sorted(set(steps)):
+        rows = [row for row, each in enumerate(steps) if each == count]
+        scores, losses = _train_in_step(inputs_NG, task, [cells[row] for row in rows], config, tick)
+        scores_RN[rows], losses_RE[rows] = scores.cpu(), losses.cpu()
+    return scores_RN, losses_RE
+
+
+def _train_in_step(
+    inputs_NG: Tensor, task: Task, cells: Sequence[Cell], config: EvaluateConfig, tick: Callable[[int], None]
+) -> tuple[Tensor, Tensor]:
+    """The same for heads whose folds have equally many batches.
+
+    With two classes the softmax is the sigmoid of the difference of the two logits, and Adam moves the two rows
+    of a head by opposite steps of equal length. So their difference is trained, at twice the learning rate.
+    """
+    assert config.probe_lr is not None
+    device, heads = inputs_NG.device, len(cells)
+    folds = [task.folds[cell.fold - 1] for cell in cells]
+    labels_N = torch.from_numpy(task.labels).to(inputs_NG)
+    val_RN = inputs_NG.new_zeros(heads, len(inputs_NG))  # weights of the images in a head's validation loss
+    for weights_N, fold in zip(val_RN, folds, strict=True):
+        weights_N[torch.from_numpy(fold.val)] = 1 / len(fold.val)
     orders = [cell.generator(config.seed, "order") for cell in cells]
 
-    head_RCG = torch.stack([initial_head(cell, config.seed) for cell in cells]).double().to(device)
-    mean_RCG, square_RCG = torch.zeros_like(head_RCG), torch.zeros_like(head_RCG)
-    steps_R11 = torch.zeros(len(cells), 1, 1, dtype=torch.float64, device=device)
-    best_RCG, best_R = head_RCG.clone(), torch.full((len(cells),), torch.inf, dtype=torch.float64, device=device)
-
-    assert config.probe_lr is not None
+    start_RCG = torch.stack([initial_head(cell, config.seed) for cell in cells]).to(inputs_NG)
+    head_R1G = (start_RCG[:, 1:] - start_RCG[:, :1]).requires_grad_()
+    optimizer = torch.optim.Adam([head_R1G], fused=True)
+    best_R1G, best_R = head_R1G.detach(), inputs_NG.new_full((heads,), torch.inf)
+    # One place for all batches: a new one each step would cost as much as what is copied there.
+    batch_MG = inputs_NG.new_empty(heads * config.batch_size, inputs_NG.shape[1])
+    losses: list[Tensor] = []
     for epoch in range(config.epochs):
-        lr = lr_at(epoch, peak=config.probe_lr)
+        optimizer.param_groups[0]["lr"] = 2 * lr_at(epoch, peak=config.probe_lr)
         order = _padded(
             [
                 fold.train[torch.randperm(len(fold.train), generator=generator).numpy()]
@@ -98,29 +118,34 @@ def train_heads(
             ]
         )
         for rows_RB in order.to(device).split(config.batch_size, dim=1):
-            real_RB = rows_RB >= 0
-            inputs_RBG = inputs_NG[rows_RB]
-            error_RBC = torch.softmax(inputs_RBG @ head_RCG.mT, dim=2) - functional.one_hot(labels_N[rows_RB], 2)
-            error_RBC *= (real_RB / real_RB.sum(1, keepdim=True).clamp(min=1))[:, :, None]
-            gradient_RCG = error_RBC.mT @ inputs_RBG
+            gathered = batch_MG[: rows_RB.numel()]
+            torch.index_select(inputs_NG, 0, rows_RB.clamp(min=0).flatten(), out=gathered)
+            inputs_RBG = gathered.unflatten(0, rows_RB.shape)
+            real_RB = (rows_RB >= 0).to(inputs_NG)
+            loss = functional.binary_cross_entropy_with_logits(
+                (head_R1G @ inputs_RBG.mT)[:, 0],
+                labels_N[rows_RB],
+                real_RB / real_RB.sum(1, keepdim=True),
+                reduction="sum",
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-            # A head whose fold has no batch left stands still, its moments and step count included.
-            moves_R11 = real_RB.any(1)[:, None, None]
-            steps_R11 += moves_R11
-            mean_RCG = torch.where(moves_R11, mean_RCG.lerp(gradient_RCG, 1 - BETAS[0]), mean_RCG)
-            square_RCG = torch.where(moves_R11, square_RCG.lerp(gradient_RCG**2, 1 - BETAS[1]), square_RCG)
-            scale_RCG = (square_RCG / (1 - BETAS[1] ** steps_R11)).sqrt() + EPSILON
-            change_RCG = mean_RCG / (1 - BETAS[0] ** steps_R11) / scale_RCG
-            head_RCG = head_RCG - lr * moves_R11 * change_RCG
-
-        loss_RV = functional.cross_entropy((inputs_RVG @ head_RCG.mT).mT, labels_N[val_RV], reduction="none")
-        real_RV = val_RV >= 0
-        loss_R = (loss_RV * real_RV).sum(1) / real_RV.sum(1)
-        better_R = loss_R < best_R
-        best_R = torch.where(better_R, loss_R, best_R)
-        best_RCG = torch.where(better_R[:, None, None], head_RCG, best_RCG)
-        tick(len(cells))
-    return torch.stack([torch.softmax(inputs_NG @ head_CG.T, dim=1)[:, 1] for head_CG in best_RCG]).float()
+        with torch.no_grad():
+            logits_RN = head_R1G[:, 0] @ inputs_NG.T
+            entropy_RN = functional.binary_cross_entropy_with_logits(
+                logits_RN, labels_N.expand(heads, -1), reduction="none"
+            )
+            loss_R = (entropy_RN * val_RN).sum(1)
+            better_R = loss_R < best_R
+            best_R = torch.where(better_R, loss_R, best_R)
+            best_R1G = torch.where(better_R[:, None, None], head_R1G, best_R1G)
+        losses.append(loss_R)
+        tick(heads)
+    # One head at a time: a product with many heads would round otherwise than one with few.
+    scores = [torch.sigmoid(inputs_NG @ head_1G[0]) for head_1G in best_R1G]
+    return torch.stack(scores).float(), torch.stack(losses, dim=1).float()
 
 
 def _padded(rows: Sequence[NDArray[np.int64]]) -> Tensor:

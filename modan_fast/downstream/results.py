@@ -1,5 +1,5 @@
-"""The results folder: predictions.csv, to which finished cells are appended, and runs.json, which says what
-made them. Inits, tasks, protocols, recipes and repeats can be added later; other settings are refused.
+"""The results folder: predictions.csv and curves.csv, to which finished cells are appended, and runs.json, which
+says what made them. Inits, tasks, protocols, recipes and repeats can be added later; other settings are refused.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
@@ -34,10 +36,12 @@ class Series(NamedTuple):
 
 
 COLUMNS = (*Series._fields, "repeat", "fold", "image", "label", "score")
-HEADER = ",".join(COLUMNS).encode() + b"\n"
+CURVE_COLUMNS = (*Series._fields, "repeat", "fold", "epoch", "val_loss")
 
 
-def auc(labels: Sequence[int] | NDArray[np.int64], scores: Sequence[float] | NDArray[np.float32]) -> float | None:
+def auc(
+    labels: Sequence[int] | NDArray[np.int64], scores: Sequence[float] | NDArray[np.floating[Any]]
+) -> float | None:
     """Area under the ROC curve, in [0, 1]; None where a class is missing or a score is not finite."""
     if len(set(labels)) < 2 or not np.isfinite(scores).all():
         return None
@@ -69,6 +73,11 @@ class Results:
         """Its predictions.csv."""
         return self.folder / "predictions.csv"
 
+    @property
+    def curves(self) -> Path:
+        """Its curves.csv: the validation loss after each epoch of each cell."""
+        return self.folder / "curves.csv"
+
     def admit(
         self, recipe: str, settings: Mapping[str, Any], task: Task, inits: Mapping[str, Mapping[str, Any]]
     ) -> None:
@@ -85,6 +94,7 @@ class Results:
             "path": str(task.folder.resolve()),
             "sha256": task.sha256,
             "images": len(task.images),
+            "positive": task.positive,
             "test_images": [len(fold.test) for fold in task.folds],
         }
         if self.runs["tasks"].setdefault(task.name, record)["sha256"] != task.sha256:
@@ -105,51 +115,117 @@ class Results:
 
     def finished(self) -> set[tuple[Series, Cell]]:
         """The cells in predictions.csv. What a kill leaves, half a line or half a cell, is cut off."""
-        if not self.predictions.exists():
-            return set()
-        content = self.predictions.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        if lines and lines[0] != HEADER:
-            raise InputError(f"{self.predictions} is of another making: name another folder with --out")
-        keys, wanted = [], {}
-        for number, row in enumerate(csv.reader(line.decode(errors="replace") for line in lines[1:]), start=2):
+        keys, lines = _lines(self.predictions, COLUMNS)
+        wanted = {}
+        for number, key in enumerate(keys, start=2):
             try:
-                key = Series(*row[:4]), Cell(int(row[4]), int(row[5]))
-                wanted[key] = self.runs["tasks"][row[0]]["test_images"][int(row[5]) - 1]
-            except (IndexError, KeyError, TypeError, ValueError) as error:
+                series, cell = key
+                wanted[key] = self.runs["tasks"][series.task]["test_images"][cell.fold - 1]
+            except (IndexError, KeyError, TypeError) as error:
                 where = f"{self.predictions}, line {number}"
                 raise InputError(f"{where}: damaged; name another folder with --out") from error
-            keys.append(key)
         whole = {key for key, count in Counter(keys).items() if count == wanted[key]}
-        kept = b"".join([*lines[:1], *(line for key, line in zip(keys, lines[1:], strict=True) if key in whole)])
-        if kept != content:
-            write_atomically(self.predictions, lambda at: at.write_bytes(kept))
+        _keep(self.predictions, keys, lines, whole)
+        _keep(self.curves, *_lines(self.curves, CURVE_COLUMNS), whole)
         return whole
 
     def append(
-        self, series: Series, task: Task, cells: Sequence[Cell], scores: Sequence[NDArray[np.float32]]
+        self,
+        series: Series,
+        task: Task,
+        cells: Sequence[Cell],
+        scores: Sequence[NDArray[np.float32]],
+        losses: Sequence[NDArray[np.float32]],
     ) -> None:
-        """Add the test images of `cells` to predictions.csv; a score is its shortest exact float32 decimal."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        for cell, cell_scores in zip(cells, scores, strict=True):
-            for row, score in zip(task.folds[cell.fold - 1].test, cell_scores, strict=True):
-                writer.writerow((*series, cell.repeat, cell.fold, task.images[row], task.labels[row], str(score)))
-        with self.predictions.open("ab") as file:
-            if not file.tell():
-                file.write(HEADER)
-            file.write(text.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """Add the test images of `cells` to predictions.csv, and the validation losses of their epochs to curves.csv.
 
-    def add_time(self, series: Series, cells: int, epochs: int, seconds: float) -> None:
-        """Add the wall-clock of `cells`, all their work included, to the line of their series in runs.json."""
+        A number is its shortest exact float32 decimal.
+        """
+        curves, predictions = [], []
+        for cell, cell_scores, cell_losses in zip(cells, scores, losses, strict=True):
+            key = (*series, cell.repeat, cell.fold)
+            curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(cell_losses, start=1)]
+            for row, score in zip(task.folds[cell.fold - 1].test, cell_scores, strict=True):
+                predictions.append((*key, task.images[row], task.labels[row], str(score)))
+        # The predictions come last, because a cell that has them counts as finished.
+        _append(self.curves, CURVE_COLUMNS, curves)
+        _append(self.predictions, COLUMNS, predictions)
+
+    def add_time(
+        self, series: Series, task: Task, cells: Sequence[Cell], epochs: int, seconds: float, device: str
+    ) -> None:
+        """Add the wall-clock of `cells`, all their work included, to the line of their series and device."""
         times = self.runs["times"]
-        line = next((line for line in times if series._asdict().items() <= line.items()), None)
+        key = {**series._asdict(), "device": device}
+        line = next((line for line in times if key.items() <= line.items()), None)
         if line is None:
-            line = {**series._asdict(), "cells": 0, "seconds": 0.0}
+            line = {**key, "cells": 0, "images": 0, "seconds": 0.0}
             times.append(line)
-        line["cells"] += cells
+        line["cells"] += len(cells)
+        line["images"] += epochs * sum(len(task.folds[cell.fold - 1].train) for cell in cells)
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other evaluations out of a results folder; the system gives the lock back, however this one ends.
+
+    Raises `InputError` where another one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another evaluation is writing to {folder}: wait for it, or name another folder with --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Series, Cell]], list[bytes]]:
+    """The cell of each line of a CSV file, and its lines with the head; an unfinished last line is left out.
+
+    Raises `InputError` for a line that names no cell, and where the columns are not `columns`.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    if lines and lines[0] != _line(columns):
+        raise InputError(f"{path} is of another making: name another folder with --out")
+    keys = []
+    for number, row in enumerate(csv.reader(line.decode(errors="replace") for line in lines[1:]), start=2):
+        try:
+            keys.append((Series(*row[:4]), Cell(int(row[4]), int(row[5]))))
+        except (IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{path}, line {number}: damaged; name another folder with --out") from error
+    return keys, lines
+
+
+def _keep(
+    path: Path, keys: Sequence[tuple[Series, Cell]], lines: Sequence[bytes], whole: set[tuple[Series, Cell]]
+) -> None:
+    """Cut a CSV file down to its head and the lines of `whole` cells."""
+    kept = b"".join([*lines[:1], *(line for key, line in zip(keys, lines[1:], strict=True) if key in whole)])
+    if path.exists() and kept != path.read_bytes():
+        write_atomically(path, lambda at: at.write_bytes(kept))
+
+
+def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Add rows to a CSV file, which gets its head first, and see them on the disk."""
+    with path.open("ab") as file:
+        if not file.tell():
+            file.write(_line(columns))
+        file.write(b"".join(map(_line, rows)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(values: Sequence[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()

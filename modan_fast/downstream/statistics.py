@@ -1,22 +1,51 @@
-"""Tables of an evaluation, computed from its predictions.csv alone."""
+"""What predictions.csv says of the inits: AUCs with confidence intervals, and tests of one init against the others.
+
+Repeats on identical folds differ in initial weights and batch order only, so what varies over them is the noise of
+training. How a result would change with other patients they do not tell; the folds do, as far as five can.
+"""
 
 from __future__ import annotations
 
 import csv
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
 from modan_fast.downstream.results import COLUMNS, Series, auc
+from modan_fast.downstream.tasks import Cell
 from shard_builder.settings import InputError
+
+THRESHOLD = 0.5  # of the score, from which on an image counts as positive in sensitivity and specificity
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+
+
+class Outcome(NamedTuple):
+    """The test images of a cell: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
+
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+
+Predictions = Mapping[Series, Mapping[Cell, Outcome]]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the AUC table: mean and sample standard deviation over the repeats.
+    """An init's line for one task, recipe and protocol. What cannot be computed is None.
 
-    `repeats` counts those with all folds of the task. What cannot be computed is None.
+    `repeats` counts those with all folds of the task. `mean` and `std` are the mean and the sample standard
+    deviation over them of their mean fold AUCs, and `interval` is the 95 % interval of the mean by Student's t.
+    `fold_interval` is a bootstrap of the folds' mean AUCs. `sensitivity` and `specificity` are taken where a score
+    of 0.5 counts as positive, and averaged as the AUC is.
     """
 
     task: str
@@ -26,64 +55,210 @@ class Row:
     repeats: int
     mean: float | None
     std: float | None
+    interval: Interval | None = None
+    fold_interval: Interval | None = None
+    sensitivity: float | None = None
+    specificity: float | None = None
 
 
-def fold_aucs(predictions: Path) -> dict[Series, dict[int, dict[int, float | None]]]:
-    """The AUC, or None, of each fold by series and repeat: `[series][repeat][fold]`, in the file's order.
+@dataclass(frozen=True)
+class Comparison:
+    """The reference beside another init, in one task, recipe and protocol. What cannot be computed is None.
+
+    `difference` is the mean over the `repeats` that both have of the reference's AUC minus the other's,
+    `fold_interval` its bootstrap over the folds. The p-values are of the Wilcoxon signed-rank test over the
+    repeats, `greater` against "the reference is not greater"; the `holm` ones are adjusted for all inits that the
+    reference is compared with there. `effect` is the rank-biserial correlation in [-1, 1], 1 where the reference
+    wins every repeat.
+    """
+
+    task: str
+    recipe: str
+    protocol: str
+    init: str
+    reference: str
+    repeats: int
+    difference: float | None = None
+    fold_interval: Interval | None = None
+    two_sided: float | None = None
+    greater: float | None = None
+    holm_two_sided: float | None = None
+    holm_greater: float | None = None
+    effect: float | None = None
+
+
+def read_predictions(path: Path) -> Predictions:
+    """What predictions.csv holds, in the file's order.
 
     Raises `InputError` where the file is missing or a line is damaged.
     """
-    labels: dict[tuple[Series, int, int], list[int]] = defaultdict(list)
-    scores: dict[tuple[Series, int, int], list[float]] = defaultdict(list)
+    found: dict[Series, dict[Cell, tuple[list[int], list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: ([], []))
+    )
     try:
-        with predictions.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
             if tuple(next(reader, ())) != COLUMNS:
-                raise InputError(f"{predictions}, line 1: the columns must be {','.join(COLUMNS)}")
+                raise InputError(f"{path}, line 1: the columns must be {','.join(COLUMNS)}")
             for row in reader:
                 try:
                     task, init, recipe, protocol, repeat, fold, _, label, score = row
-                    cell = Series(task, init, recipe, protocol), int(repeat), int(fold)
-                    labels[cell].append(int(label))
-                    scores[cell].append(float(score))
+                    labels, scores = found[Series(task, init, recipe, protocol)][Cell(int(repeat), int(fold))]
+                    labels.append(int(label))
+                    scores.append(float(score))
                 except ValueError as error:
                     raise InputError(
-                        f"{predictions}, line {reader.line_num}: damaged; the same evaluation again repairs it"
+                        f"{path}, line {reader.line_num}: damaged; the same evaluation again repairs it"
                     ) from error
     except OSError as error:
-        raise InputError(
-            f"no predictions at {predictions} ({error.strerror}): run an evaluation first"
-        ) from error
-    table: dict[Series, dict[int, dict[int, float | None]]] = defaultdict(lambda: defaultdict(dict))
-    for cell, found in scores.items():
-        series, repeat_number, fold_number = cell
-        table[series][repeat_number][fold_number] = auc(labels[cell], found)
-    return table
+        raise InputError(f"no predictions at {path} ({error.strerror}): run an evaluation first") from error
+    return {
+        series: {cell: Outcome(np.array(labels), np.array(scores)) for cell, (labels, scores) in cells.items()}
+        for series, cells in found.items()
+    }
 
 
-def repeat_aucs(predictions: Path) -> dict[Series, dict[int, float | None]]:
-    """The mean of the fold AUCs of each repeat that has all folds of its task; None where one has no AUC."""
-    by_fold = fold_aucs(predictions)
+def auc_table(path: Path) -> list[Row]:
+    """`summaries` of a predictions.csv."""
+    return summaries(read_predictions(path))
+
+
+def by_fold(
+    predictions: Predictions, measure: Callable[[Outcome], float | None]
+) -> dict[Series, dict[int, NDArray[np.float64]]]:
+    """A measure of each fold, `[series][repeat][fold - 1]`, of the repeats with all folds; NaN where it is None."""
     folds: dict[str, set[int]] = defaultdict(set)
-    for series, repeats in by_fold.items():
-        folds[series.task].update(*repeats.values())
-    table: dict[Series, dict[int, float | None]] = {}
-    for series, repeats in by_fold.items():
-        table[series] = {}
-        for repeat, aucs in sorted(repeats.items()):
-            if aucs.keys() == folds[series.task]:
-                known = [value for value in aucs.values() if value is not None]
-                table[series][repeat] = statistics.fmean(known) if len(known) == len(aucs) else None
+    for series, cells in predictions.items():
+        folds[series.task].update(cell.fold for cell in cells)
+    table: dict[Series, dict[int, NDArray[np.float64]]] = {}
+    for series, cells in predictions.items():
+        wanted = sorted(folds[series.task])
+        repeats = sorted({cell.repeat for cell in cells})
+        table[series] = {
+            # None becomes NaN.
+            repeat: np.array([measure(cells[Cell(repeat, fold)]) for fold in wanted], np.float64)
+            for repeat in repeats
+            if all(Cell(repeat, fold) in cells for fold in wanted)
+        }
     return table
 
 
-def auc_table(predictions: Path) -> list[Row]:
+def fold_auc(outcome: Outcome) -> float | None:
+    """The AUC of a cell."""
+    return auc(outcome.labels, outcome.scores)
+
+
+def sensitivity(outcome: Outcome) -> float | None:
+    """Share of the positive images whose score is at least 0.5."""
+    return _share(outcome.scores[outcome.labels == 1] >= THRESHOLD)
+
+
+def specificity(outcome: Outcome) -> float | None:
+    """Share of the negative images whose score is below 0.5."""
+    return _share(outcome.scores[outcome.labels == 0] < THRESHOLD)
+
+
+def summaries(predictions: Predictions) -> list[Row]:
     """One row a (task, recipe, protocol, init), in the order of `predictions`."""
+    found, missed = by_fold(predictions, sensitivity), by_fold(predictions, specificity)
     rows = []
-    for series, aucs in repeat_aucs(predictions).items():
-        known = [value for value in aucs.values() if value is not None]
-        whole = len(known) == len(aucs) > 0
-        mean = statistics.fmean(known) if whole else None
-        std = statistics.stdev(known) if whole and len(known) > 1 else None
-        rows.append(Row(**series._asdict(), repeats=len(aucs), mean=mean, std=std))
+    for series, repeats in by_fold(predictions, fold_auc).items():
+        aucs_R, spread, reach = _repeat_means(repeats), None, None
+        if len(aucs_R) > 1 and np.isfinite(aucs_R).all():
+            spread = statistics.stdev(aucs_R)
+            reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(aucs_R) - 1)) * spread / len(aucs_R) ** 0.5
+        mean = _mean(aucs_R)
+        rows.append(
+            Row(
+                **series._asdict(),
+                repeats=len(repeats),
+                mean=mean,
+                std=spread,
+                interval=None if mean is None or reach is None else (mean - reach, mean + reach),
+                fold_interval=_bootstrap(list(repeats.values())),
+                sensitivity=_mean(_repeat_means(found[series])),
+                specificity=_mean(_repeat_means(missed[series])),
+            )
+        )
     return rows
+
+
+def comparisons(predictions: Predictions, reference: str) -> list[Comparison]:
+    """The init `reference` against each other one, wherever it was judged, in the order of `predictions`."""
+    table = by_fold(predictions, fold_auc)
+    families: dict[Series, list[Comparison]] = defaultdict(list)
+    for series, repeats in table.items():
+        own = series._replace(init=reference)
+        if own in table and series != own:
+            both = sorted(table[own].keys() & repeats.keys())
+            # Rounded, so that differences tie where only the last bits of two means tell them apart.
+            differences_RF = [(table[own][repeat] - repeats[repeat]).round(12) for repeat in both]
+            families[own].append(_compare(series, reference, differences_RF))
+    adjusted = []
+    for family in families.values():
+        two_sided, greater = holm([each.two_sided for each in family]), holm([each.greater for each in family])
+        adjusted += [
+            replace(each, holm_two_sided=both_sides, holm_greater=one_side)
+            for each, both_sides, one_side in zip(family, two_sided, greater, strict=True)
+        ]
+    return adjusted
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment of a family of p-values; None is no member of it (Scand. J. Stat. 6, 1979)."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        adjusted[index] = largest = max(largest, min(1.0, (len(known) - rank) * p))
+    return adjusted
+
+
+def _compare(series: Series, reference: str, differences_RF: Sequence[NDArray[np.float64]]) -> Comparison:
+    """The comparison, not yet adjusted, from the differences of fold AUCs of each repeat."""
+    differences_R = np.array([each.mean() for each in differences_RF]).round(12)
+    compared = Comparison(
+        **series._asdict(),
+        reference=reference,
+        repeats=len(differences_R),
+        difference=_mean(differences_R),
+        fold_interval=_bootstrap(differences_RF),
+    )
+    nonzero = np.count_nonzero(differences_R)
+    if compared.difference is None or not nonzero:
+        return compared
+    # Zeros are dropped, ties share their mean rank; up to 50 repeats without ties, and 13 with, p is exact.
+    greater = stats.wilcoxon(differences_R, alternative="greater")
+    rank_sum = nonzero * (nonzero + 1) / 2
+    return replace(
+        compared,
+        two_sided=float(stats.wilcoxon(differences_R).pvalue),
+        greater=float(greater.pvalue),
+        effect=float(2 * greater.statistic / rank_sum - 1),
+    )
+
+
+def _bootstrap(values_RF: Sequence[NDArray[np.float64]]) -> Interval | None:
+    """Percentile interval of the mean of the folds' means over the repeats, the folds drawn with replacement."""
+    if not values_RF:
+        return None
+    folds_F = np.mean(values_RF, axis=0)
+    if len(folds_F) < 2 or not np.isfinite(folds_F).all():
+        return None
+    drawn = stats.bootstrap(
+        (folds_F,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    return float(drawn.low), float(drawn.high)
+
+
+def _repeat_means(repeats: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
+    return np.array([folds_F.mean() for folds_F in repeats.values()])
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    """The mean; None of nothing, and where a value could not be computed."""
+    return statistics.fmean(values) if len(values) and np.isfinite(values).all() else None
+
+
+def _share(hits: NDArray[np.bool_]) -> float | None:
+    return float(hits.mean()) if len(hits) else None

@@ -1,4 +1,4 @@
-"""A downstream task: a folder of images that belong to one of two classes, with five published folds.
+"""A downstream task: images of two classes, in five folds that are published with them or made once.
 
 N images, H x W pixels.
 """
@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import re
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from modan_fast.downstream.folds import FOLDS, SPLITS, class_folders, make_folds, read_folds
 from shard_builder.settings import InputError, Report, silent
-
-FOLDS = 5
-SPLITS = ("train", "val", "test")
-IMAGE_COLUMNS = ("filename", "img_dir")
-LABEL_COLUMNS = ("label", "acl_label")
-LABELS = {"benign": 0, "normal": 0, "no": 0, "0": 0, "malignant": 1, "yes": 1, "1": 1}
 
 
 @dataclass(frozen=True)
@@ -38,11 +34,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's fold files say.
+    """What a task's fold files or class folders say.
 
-    `images` are the N paths under `folder`, sorted; `labels` (N,) int64 is 1 for the positive class
-    (malignant, yes, 1) and 0 for the other; `sources` names the file and line where each image came up first;
-    `sha256` covers names, labels, folds and the bytes of all images.
+    `images` are the N paths under `folder`, sorted; `labels` (N,) int64 is 1 for the class `positive` and 0 for
+    the other; `sources` names the file and line where each image came up first, `digests` its SHA-256,
+    `patients` whom it shows (empty where nothing says so); `sha256` covers names, labels, folds and the bytes of
+    all images. `made` tells that the folds are new and in no file yet.
     """
 
     name: str
@@ -51,7 +48,11 @@ class Task:
     labels: NDArray[np.int64]
     folds: tuple[Fold, ...]
     sources: tuple[str, ...]
+    digests: tuple[str, ...]
+    patients: tuple[str, ...]
+    positive: str
     sha256: str
+    made: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,51 +75,111 @@ class Cell:
         return torch.Generator().manual_seed(self.seed(seed, purpose))
 
 
-def read_task(folder: Path) -> Task:
-    """Read `{folder}/dataframe/{prefix}{train,val,test}_fold{1..5}.csv`, as RadImageNet publishes them.
+def read_task(
+    folder: Path,
+    *,
+    folds: Path | None = None,
+    seed: int = 0,
+    group: str | None = None,
+    positive: str | None = None,
+) -> Task:
+    """Read a task with published folds, or one of two class folders.
 
-    The prefix may be anything. The image column is `filename` or `img_dir`, the label column `label` or
-    `acl_label`. Raises `InputError`, naming the file and line, for whatever does not fit.
+    Published folds are `{folder}/dataframe/{prefix}{train,val,test}_fold{1..5}.csv`, as RadImageNet has them. The
+    prefix may be anything, the image column is `filename` or `img_dir`, the label column `label` or `acl_label`.
+    Without them, `folder` has a folder for each of two classes, of which `positive` names the positive one; the
+    folds are those in `folds` or, where that does not exist, made from `seed`. `group` is a column of the fold
+    files or a regular expression whose first group, or whole match, in an image's path names the patient.
+    Raises `InputError`, naming the file and line, for whatever does not fit.
     """
-    labels: dict[str, int] = {}
-    sources: dict[str, str] = {}
-    named: dict[tuple[str, int], list[str]] = {}
-    for key, path in _fold_files(folder).items():
-        named[key] = []
-        for where, image, label in _rows(path):
-            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
-                raise InputError(f"{where}: {image} lies outside the task folder: paths are relative to it")
-            if image not in labels and not (folder / image).is_file():
-                raise InputError(f"{where}: there is no image {image} in {folder}")
-            if labels.setdefault(image, label) != label:
-                raise InputError(f"{where}: {image} has another label than at {sources[image]}")
-            sources.setdefault(image, where)
-            named[key].append(image)
-        classes = {labels[image] for image in named[key]}
-        if not classes or (key[0] != "val" and len(classes) < 2):
-            found = "no image" if not classes else "one class only"
-            raise InputError(f"{path} has {found}: both classes are needed to train and to test")
+    made = False
+    if (folder / "dataframe").is_dir():
+        listing, named = read_folds(folder, folder / "dataframe", group)
+    else:
+        listing = class_folders(folder, group, positive)
+        if made := folds is None or not folds.is_dir():
+            named = make_folds(folder, listing, seed)
+        else:
+            assert folds is not None
+            listed, named = read_folds(folder, folds, None)
+            if listed.labels != listing.labels:
+                odd = sorted(listed.labels.items() ^ listing.labels.items())[0][0]
+                raise InputError(
+                    f"{folds} has the folds of other images or classes than {folder} ({odd} is one): "
+                    "name another results folder with --out"
+                )
 
-    images = sorted(labels)
+    images = sorted(listing.labels)
     row = {image: index for index, image in enumerate(images)}
-    folds = tuple(
+    divided = tuple(
         Fold(*(np.array([row[image] for image in named[split, fold]], np.int64) for split in SPLITS))
         for fold in range(1, FOLDS + 1)
     )
-    digest = hashlib.sha256(repr([(image, labels[image]) for image in images]).encode())
-    for fold in folds:
+    digest = hashlib.sha256(repr([(image, listing.labels[image]) for image in images]).encode())
+    for fold in divided:
         digest.update(repr([getattr(fold, split).tolist() for split in SPLITS]).encode())
-    for image in images:
-        digest.update(hashlib.sha256((folder / image).read_bytes()).digest())
+    digests = [hashlib.sha256((folder / image).read_bytes()) for image in images]
+    for each in digests:
+        digest.update(each.digest())
     return Task(
         name=folder.resolve().name,
         folder=folder,
         images=tuple(images),
-        labels=np.array([labels[image] for image in images], np.int64),
-        folds=folds,
-        sources=tuple(sources[image] for image in images),
+        labels=np.array([listing.labels[image] for image in images], np.int64),
+        folds=divided,
+        sources=tuple(listing.sources[image] for image in images),
+        digests=tuple(each.hexdigest() for each in digests),
+        patients=tuple(listing.patients[image] for image in images) if listing.patients else (),
+        positive=" or ".join(sorted(listing.words[1])),
         sha256=digest.hexdigest(),
+        made=made,
     )
+
+
+def write_folds(task: Task, folder: Path) -> None:
+    """Write the folds of a task as fold files into the new folder `folder`."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    for number, fold in enumerate(task.folds, start=1):
+        for split in SPLITS:
+            with (beside / f"{split}_fold{number}.csv").open("w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["filename", "label"])
+                writer.writerows((task.images[row], task.labels[row]) for row in getattr(fold, split))
+    os.replace(beside, folder)
+
+
+class Leak(NamedTuple):
+    """A test image of a fold that an image it trains on gives away: by the same `bytes`, or the same `patient`."""
+
+    fold: int
+    shared: str
+    test_image: str
+    train_image: str
+
+
+def leaks(task: Task) -> list[Leak]:
+    """The leaks of a task's folds; where several train images share with a test image, the first of them."""
+    found = []
+    for number, fold in enumerate(task.folds, start=1):
+        for shared, marks in (("bytes", task.digests), ("patient", task.patients)):
+            if not marks:
+                continue
+            trained = {marks[row]: row for row in fold.train[::-1]}
+            found += [
+                Leak(number, shared, task.images[row], task.images[trained[marks[row]]])
+                for row in fold.test
+                if marks[row] in trained
+            ]
+    return found
+
+
+def leak_counts(found: Iterable[Leak]) -> str:
+    """How many images have leaks, by what is shared; what is not among them is not mentioned, for it may be unknown."""
+    images: dict[str, set[str]] = {}
+    for leak in found:
+        images.setdefault(leak.shared, set()).add(leak.test_image)
+    return ", ".join(f"{len(tested)} by the same {shared}" for shared, tested in images.items())
 
 
 def decode(task: Task, image_size: int, report: Report = silent) -> NDArray[np.uint8]:
@@ -144,45 +205,3 @@ def decode(task: Task, image_size: int, report: Report = silent) -> NDArray[np.u
         for done, _ in enumerate(pool.map(read, range(len(pixels))), start=1):
             report("decode", done, len(pixels), task.name)
     return pixels
-
-
-def _fold_files(folder: Path) -> dict[tuple[str, int], Path]:
-    """The 15 fold files by (split, fold)."""
-    frames = folder / "dataframe"
-    if not frames.is_dir():
-        raise InputError(f"{folder} is no task: it has no folder dataframe with the fold files")
-    files = {}
-    for split in SPLITS:
-        for fold in range(1, FOLDS + 1):
-            wanted = f"{split}_fold{fold}.csv"
-            found = sorted(path for path in frames.iterdir() if path.name.endswith(wanted))
-            if len(found) != 1:
-                names = " and ".join(path.name for path in found) or "none"
-                raise InputError(f"{frames} must have one file *{wanted}, found {names}")
-            files[split, fold] = found[0]
-    return files
-
-
-def _rows(path: Path) -> Iterator[tuple[str, str, int]]:
-    """(where it stands, image, label) of each row of a fold file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
-            label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-            if image_column is None or label_column is None:
-                raise InputError(
-                    f"{path}, line 1: needs a column {' or '.join(IMAGE_COLUMNS)} and a column "
-                    f"{' or '.join(LABEL_COLUMNS)}, has {', '.join(columns) or 'none'}"
-                )
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                image, label = (row[image_column] or "").strip(), (row[label_column] or "").strip()
-                if not image or not image.isprintable():
-                    raise InputError(f"{where}: names no image")
-                if label.lower() not in LABELS:
-                    raise InputError(f"{where}: label {label!r} is none of {', '.join(LABELS)}")
-                yield where, re.sub(r"^(\./)+", "", image), LABELS[label.lower()]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path} is no CSV file in UTF-8 ({error})") from error

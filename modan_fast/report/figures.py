@@ -1,12 +1,13 @@
-"""Figures of images, views and embeddings, as PNG files.
+"""Figures of images, views, embeddings and curves, as PNG and SVG files.
 
 N images, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +16,27 @@ from numpy.typing import NDArray
 mpl.use("Agg")  # no screen is needed
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
+
+# Okabe and Ito's palette without black and yellow, then more from Tol's; neighbours differ also for colour-blind eyes.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
+COLOURS += ["#332288", "#882255", "#999933", "#44AA99", "#661100", "#777777"]
+DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1.2))]
+DPI = 150
+MARKERS = ["o", "^", "s", "D", "v", "P"]
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "svg.hashsalt": "modan-fast",  # ids in the file, alike each time
+    "svg.fonttype": "path",
+}
 
 
 def contact_sheet(
@@ -41,22 +63,133 @@ def contact_sheet(
 
 
 def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], labels: Sequence[str]) -> None:
-    """Write UMAP panels of features, each a title and (N, F) float32, coloured by `labels` (N), alike in all."""
+    """Write UMAP panels of features, each a title and (N, F) float32, marked by `labels` (N), alike in all.
+
+    A label is words such as `CT lung`: the first word chooses the marker, all of them the colour.
+    """
     from umap import UMAP
 
     names = sorted(set(labels))
-    colours = plt.get_cmap("tab20")(np.arange(len(names)) % 20)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 2, 4.2), squeeze=False, layout="constrained"
-    )
-    for axis, (title, features) in zip(axes[0], panels, strict=True):
-        # One job, because with a seed UMAP uses no more, and would warn.
-        places = UMAP(n_neighbors=min(15, len(features) - 1), random_state=0, n_jobs=1).fit_transform(features)
-        for name, colour in zip(names, colours, strict=True):
-            mine = np.array([label == name for label in labels])
-            axis.scatter(*places[mine].T, s=9, color=colour, label=name)
-        axis.set(title=title, xticks=[], yticks=[])
-    handles, texts = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside right center", frameon=False, markerscale=2)
-    figure.savefig(path, dpi=110)
+    kinds = sorted({name.split(" ")[0] for name in names})
+    columns, rows = _layout(len(panels))
+    legend_columns = max(1, min(len(names), 3 * columns))
+    legend = 0.5 + 0.22 * -(-len(names) // legend_columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4 * columns, 4 * rows + legend), squeeze=False, layout="constrained"
+        )
+        for axis, (title, features) in zip(axes.flat, panels, strict=False):
+            # One job, because with a seed UMAP uses no more, and would warn.
+            places = UMAP(n_neighbors=min(15, len(features) - 1), random_state=0, n_jobs=1).fit_transform(
+                features
+            )
+            for index, name in enumerate(names):
+                mine = np.array([label == name for label in labels])
+                look = {
+                    "color": COLOURS[index % len(COLOURS)],
+                    "marker": MARKERS[kinds.index(name.split(" ")[0]) % len(MARKERS)],
+                }
+                axis.scatter(*places[mine].T, s=9, alpha=0.75, linewidths=0, label=name, **look)
+            axis.set(title=title, xticks=[], yticks=[])
+            axis.spines[:].set_visible(True)
+            axis.spines[:].set_color("#bbbbbb")
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        handles, texts = axes[0][0].get_legend_handles_labels()
+        shown = figure.legend(
+            handles, texts, loc="outside lower center", ncols=legend_columns, frameon=False, markerscale=2.2
+        )
+        for handle in filter(None, shown.legend_handles):
+            handle.set_alpha(1)
+        _save(figure, path)
+
+
+def roc(path: Path, panels: Sequence[Sequence[tuple[str, Sequence[Curve]]]], shown: int) -> None:
+    """Write a grid of ROC panels, each a title and its folds' curves; the first `shown` are drawn thin, and the mean
+    of all, taken at equal false-positive rates, thick.
+    """
+    columns = max(map(len, panels))
+    grid = np.linspace(0, 1, 201)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(panels),
+            columns,
+            figsize=(2.4 * columns, 2.65 * len(panels) + 0.2),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        for line, row in zip(axes, panels, strict=True):
+            for axis, (title, curves) in zip(line, row, strict=False):
+                axis.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8, linestyle=(0, (4, 3)))
+                for false, true in curves[:shown]:
+                    axis.plot(false, true, color=COLOURS[0], alpha=0.45, linewidth=0.7)
+                # A curve goes straight up at 0; what it reaches there counts.
+                mean = np.mean([np.interp(grid, false, true) for false, true in curves], axis=0)
+                axis.plot(np.r_[0, grid], np.r_[0, mean], color="#111111", linewidth=1.7)
+                axis.set(
+                    xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal"
+                )
+                axis.set_title(title)
+            for axis in line[len(row) :]:
+                axis.axis("off")
+        figure.supxlabel("1 − specificity", fontsize=9)
+        figure.supylabel("sensitivity", fontsize=9)
+        _save(figure, path)
+
+
+def curves(
+    path: Path, panels: Sequence[tuple[str, Mapping[str, NDArray[np.float64]]]], labels: tuple[str, str]
+) -> None:
+    """Write panels of curves over epochs, each a title and an array (runs, epochs) by name: the median as a line, the
+    middle half of the runs as a band. `labels` name the axes; names have the same colour in all panels.
+    """
+    names = list(dict.fromkeys(name for _, lines in panels for name in lines))
+    columns, rows = _layout(len(panels))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4 * columns, 2.7 * rows + 0.4), squeeze=False, layout="constrained"
+        )
+        for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+            for name, values in lines.items():
+                index = names.index(name)
+                epochs = np.arange(1, values.shape[1] + 1)
+                low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
+                colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+                axis.plot(epochs, middle, color=colour, linestyle=dash, label=name, linewidth=1.6)
+                if len(values) > 1:
+                    axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.set(title=title, xlabel=labels[0])
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axis.grid(color="#e6e6e6", linewidth=0.6)
+            axis.set_axisbelow(True)
+        for line in axes:
+            line[0].set_ylabel(labels[1])
+        for axis in axes.flat[len(panels) :]:
+            axis.axis("off")
+        if len(names) > 1:
+            handles = [
+                Line2D(
+                    [],
+                    [],
+                    color=COLOURS[index % len(COLOURS)],
+                    linestyle=DASHES[index % len(DASHES)],
+                    linewidth=1.6,
+                )
+                for index in range(len(names))
+            ]
+            figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+        _save(figure, path)
+
+
+def _layout(panels: int) -> tuple[int, int]:
+    """Columns and rows: at most three columns, and as few as fill the rows."""
+    rows = -(-panels // 3)
+    return -(-panels // rows), rows
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure without the date, so that the same content gives the same bytes, and close it."""
+    figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

@@ -3,20 +3,22 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from modan_fast.config import EvaluateConfig
+from modan_fast.downstream import finetune
 from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.results import Series
 from modan_fast.downstream.statistics import auc_table
-from modan_fast.downstream.tasks import Cell
+from modan_fast.downstream.tasks import Cell, read_task
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -93,37 +95,150 @@ def test_what_is_added_later_equals_what_is_done_at_once(make_task: MakeTask, ma
     assert sorted(content(first).splitlines()) == sorted(content(at_once).splitlines())
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-
-import torch
-from modan_fast.config import EvaluateConfig
-from modan_fast.downstream.evaluate import evaluate
-
-def report(stage, done, total, note):
-    if stage == "scratch finetune" and done == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.set_num_threads(1)
-task, out = map(Path, sys.argv[1:])
-evaluate(EvaluateConfig(task=task, init=("scratch",), out=out, repeats=1, epochs=1, batch_size=16, image_size=32,
-                        stem="7x7", device="cpu"), report)
-"""
-
-
-def test_a_killed_evaluation_continues_to_the_same_bytes(make_task: MakeTask) -> None:
-    config = settings(make_task(count=23))
+def test_a_command_killed_halfway_and_run_again_gives_the_same_bytes_and_table(make_task: MakeTask) -> None:
+    config = settings(make_task(count=23), protocol=("finetune",))
     evaluate(config)
     killed = replace(config, out=config.out.with_name("killed"))
-    arguments = [sys.executable, "-c", KILLED, str(killed.task), str(killed.out)]
-    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
-    # The kill came in the third cell, after two were written; half a line more stands for one in the writing.
+    words = [
+        "evaluate",
+        "--task",
+        config.task,
+        "--init",
+        "scratch",
+        "--protocol",
+        "finetune",
+        "--out",
+        killed.out,
+    ]
+    words += [
+        "--repeats",
+        1,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--image-size",
+        32,
+        "--stem",
+        "7x7",
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, "-m", "modan_fast", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as running:
+        while not (killed.out / "predictions.csv").exists():
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.kill()
+    assert len(content(killed)) < len(content(config)), "it must be killed before it has finished"
+    # Half a line more stands for a cell that was being written.
     with (killed.out / "predictions.csv").open("ab") as file:
-        file.write(b"nodule,scratch,paper,finetune,1,3,images/004.png,0,0.5\nnodule,scratch,paper,fine")
-    trained = evaluate(killed)
-    assert [cell.fold for series, cell in trained if series.protocol == "finetune"] == [3, 4, 5]
+        file.write(b"nodule,scratch,paper,finetune,1,5,images/008.png,0,0.5\nnodule,scratch,paper,fine")
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert content(killed) == content(config)
+    assert (killed.out / "curves.csv").read_bytes() == (config.out / "curves.csv").read_bytes()
+    [row] = auc_table(killed.out / "predictions.csv")
+    assert f"{row.mean:.3f}" in again.stdout
+
+
+def test_a_second_evaluation_in_a_folder_is_refused_while_the_first_is_at_work(made: EvaluateConfig) -> None:
+    def meanwhile(stage: str, done: int, total: int, note: str) -> None:
+        if done == 1:
+            with pytest.raises(InputError, match="another evaluation is writing to .*: wait for it"):
+                evaluate(made)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(made, meanwhile)
+    assert evaluate(made), "an interrupted evaluation leaves no lock behind"
+
+
+def test_every_cell_leaves_the_validation_loss_of_each_epoch(make_task: MakeTask) -> None:
+    config = settings(make_task(count=23), epochs=2)
+    evaluate(config)
+    with (config.out / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    keys = [(row["protocol"], int(row["fold"]), int(row["epoch"])) for row in rows]
+    assert keys == [
+        (protocol, fold, epoch) for protocol in config.protocol for fold in range(1, 6) for epoch in (1, 2)
+    ]
+    assert all(0 < float(row["val_loss"]) < 10 for row in rows)
+
+
+def test_released_code_fine_tunes_a_simclr_encoder_with_a_two_way_head(
+    make_task: MakeTask, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = {}
+    build = finetune.trainee
+
+    def spy(*arguments: object, headless: bool, **named: object) -> finetune.Trainee:
+        network = build(*arguments, headless=headless, **named)  # type: ignore[arg-type]
+        built[headless] = network.network[1]
+        return network
+
+    monkeypatch.setattr(finetune, "trainee", spy)
+    simclr, other = make_run("a"), make_run("b", seed=2)
+    (simclr / "config.json").write_text(json.dumps({"settings": {"method": "simclr"}}))
+    config = settings(make_task(count=23), init=(str(simclr), str(other)), recipe="released-code")
+    evaluate(replace(config, protocol=("finetune",)))
+    assert isinstance(built[False], torch.nn.Linear)
+    assert built[False].out_features == 2
+    assert isinstance(built[True], torch.nn.Identity)
+    runs = json.loads((config.out / "runs.json").read_text())
+    assert (runs["inits"]["a"]["method"], runs["inits"]["b"]["method"]) == ("simclr", None)
+
+
+def test_the_times_of_an_evaluation_name_their_device(make_task: MakeTask) -> None:
+    config = settings(make_task(count=23), epochs=2, protocol=("probe",))
+    evaluate(config)
+    [line] = json.loads((config.out / "runs.json").read_text())["times"]
+    assert line["cells"] == 5
+    assert line["device"].startswith("CPU")
+    assert line["seconds_per_epoch"] == pytest.approx(line["seconds"] / 10)
+    trained = sum(len(fold.train) for fold in read_task(config.task).folds)
+    assert line["images"] == 2 * trained
+
+
+def make_class_folders(task: Path) -> Path:
+    """The images of a made task in folders of their classes, named for 8 patients."""
+    folder = task.with_name("classes")
+    for index, image in enumerate(sorted((task / "images").iterdir())):
+        place = folder / ("healthy" if index % 2 == 0 else "ill") / f"p{index % 16:02}-{index:03}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, place)
+    return folder
+
+
+def test_class_folders_get_folds_once_that_every_method_sees(make_task: MakeTask) -> None:
+    config = settings(make_class_folders(make_task()), protocol=("probe",), group=r"p(\d+)-")
+    evaluate(config)
+    folds = {path.name: path.read_bytes() for path in (config.out / "folds" / "classes").iterdir()}
+    assert len(folds) == 15
+    other = replace(config, out=config.out.with_name("other"))
+    evaluate(other)
+    assert {path.name: path.read_bytes() for path in (other.out / "folds" / "classes").iterdir()} == folds
+    assert evaluate(replace(config, repeats=2))
+    assert not (config.out / "classes-leakage.csv").exists()
+    shutil.copy(config.task / "ill" / "p01-001.png", config.task / "ill" / "p01-999.png")
+    with pytest.raises(InputError, match=r"ill/p01-999\.png is one.*another results folder"):
+        evaluate(config)
+
+
+def test_images_that_train_and_test_share_are_told_and_listed(
+    make_task: MakeTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_task()
+    # Image 0 is tested in fold 1, which trains on image 6; of ten images only 40 and 41 have none of theirs in train.
+    shutil.copy(folder / "images" / "000.png", folder / "images" / "006.png")
+    config = settings(folder, protocol=("probe",), group=r"(\d\d)\d\.png")
+    evaluate(config)
+    with (config.out / "nodule-leakage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    identical = {(row["fold"], row["test_image"], row["train_image"]) for row in rows if row["shared"] == "bytes"}
+    assert identical == {("1", "images/000.png", "images/006.png"), ("4", "images/006.png", "images/000.png")}
+    assert {row["shared"] for row in rows} == {"bytes", "patient"}
+    assert "2 by the same bytes, 41 by the same patient" in caplog.text
+    assert "nodule-leakage.csv" in caplog.text
 
 
 def test_a_file_cut_anywhere_is_repaired_to_the_same_bytes(make_task: MakeTask) -> None:
@@ -205,8 +320,6 @@ def test_an_encoder_file_is_named_after_its_run(made: EvaluateConfig, make_run: 
 
 
 def test_an_encoder_that_does_not_fit_is_refused(made: EvaluateConfig, make_run: MakeRun) -> None:
-    with pytest.raises(InputError, match="takes 3 channels"):
-        evaluate(replace(made, init=(str(make_run("rgb", channels=3)),)))
     with pytest.raises(InputError, match="no encoder at"):
         evaluate(replace(made, init=("nowhere",)))
 

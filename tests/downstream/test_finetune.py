@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modan_fast import models
 from modan_fast.config import EvaluateConfig, Protocol
-from modan_fast.downstream.finetune import batches, network_for, train
+from modan_fast.downstream.finetune import Trainee, batches, train, trainee
 from modan_fast.downstream.tasks import Cell, Task, decode, read_task
 
 CPU = torch.device("cpu")
@@ -31,9 +31,9 @@ def encoder_state() -> dict[str, Tensor]:
     return models.encoder("7x7").state_dict()
 
 
-def run(task: Task, settings: EvaluateConfig, protocol: Protocol, cell: Cell, network: nn.Sequential) -> Tensor:
+def run(task: Task, settings: EvaluateConfig, cell: Cell, network: Trainee) -> Tensor:
     pixels = torch.from_numpy(decode(task, 32))
-    return train(network, encoder_state(), pixels, task, cell, settings, protocol, torch.float32)
+    return train(network, encoder_state(), pixels, task, cell, settings, torch.float32)[0]
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,30 @@ def test_batches_keep_every_row_and_leave_none_alone(count: int, sizes: list[int
     assert torch.cat(parts).tolist() == list(range(count))
 
 
-def test_a_cell_gives_the_same_scores_after_another_cell(task: Task) -> None:
-    settings = config()
-    network = network_for(models.encoder("7x7"), settings, "finetune", CPU)
-    first = run(task, settings, "finetune", Cell(1, 1), network)
-    other = run(task, settings, "finetune", Cell(1, 2), network)
-    assert torch.equal(run(task, settings, "finetune", Cell(1, 1), network), first)
-    assert first.shape == (len(task.folds[0].test),)
+@pytest.mark.parametrize(("recipe", "protocol"), [("paper", "finetune"), ("released-code", "probe")])
+def test_a_reset_network_trains_as_a_rebuilt_one(task: Task, recipe: str, protocol: Protocol) -> None:
+    settings = config(recipe)
+    used = trainee("7x7", protocol, CPU)
+    other = run(task, settings, Cell(1, 2), used)
+    reset = run(task, settings, Cell(1, 1), used)
+    rebuilt = trainee("7x7", protocol, CPU)
+    assert torch.equal(run(task, settings, Cell(1, 1), rebuilt), reset)
+    for key, value in rebuilt.network.state_dict().items():
+        assert torch.equal(used.network.state_dict()[key], value), key
+    assert reset.shape == (len(task.folds[0].test),)
     assert other.shape == (len(task.folds[1].test),)
+
+
+@pytest.mark.slow
+def test_one_compiled_step_serves_all_cells_and_trains_as_the_plain_one(task: Task) -> None:
+    # pytest -m slow: compiling takes a minute.
+    settings = config()
+    compiled, plain = (trainee("7x7", "finetune", CPU, compiled=each) for each in (True, False))
+    torch._dynamo.utils.counters.clear()
+    for cell in (Cell(1, 1), Cell(1, 2), Cell(2, 1)):
+        scores = run(task, settings, cell, compiled)
+        torch.testing.assert_close(scores, run(task, settings, cell, plain), atol=0.02, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -> None:
@@ -62,7 +78,8 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
     labels[fold.val] = 1 - labels[fold.val]
     task = replace(task, labels=labels)
     settings = config(epochs=4, lr=1e-3, batch_size=4)
-    network = network_for(models.encoder("7x7"), settings, "finetune", CPU)
+    tuned = trainee("7x7", "finetune", CPU)
+    network = tuned.network
     pixels = torch.from_numpy(decode(task, 32))
     views, truth = pixels[fold.val].float() / 255, torch.from_numpy(labels[fold.val])
     seen = []
@@ -76,7 +93,8 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
         seen.append(val_loss())
 
     start = encoder_state()
-    train(network, start, pixels, task, Cell(1, 1), settings, "finetune", torch.float32, look)
+    _, losses = train(tuned, start, pixels, task, Cell(1, 1), settings, torch.float32, look)
+    assert losses.tolist() == pytest.approx(seen, rel=1e-4)
     assert len(seen) == 4
     assert min(seen) < seen[-1], "the last epoch must not be the best for this test to say anything"
     assert val_loss() == pytest.approx(min(seen), rel=1e-4)
@@ -84,11 +102,11 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
 
 def test_released_code_fine_tunes_the_features_as_512_logits(task: Task) -> None:
     settings = config("released-code")
-    network = network_for(models.encoder("7x7"), settings, "finetune", CPU)
-    scores = run(task, settings, "finetune", Cell(1, 1), network)
+    headless = trainee("7x7", "finetune", CPU, headless=True)
+    scores = run(task, settings, Cell(1, 1), headless)
     pixels = torch.from_numpy(decode(task, 32))[task.folds[0].test].float() / 255
     with torch.no_grad():
-        logits = network.eval()(pixels)
+        logits = headless.network.eval()(pixels)
     assert logits.shape[1] == 512
     torch.testing.assert_close(scores, logits.exp()[:, 1] / logits.exp().sum(1), atol=1e-5, rtol=1e-4)
 
@@ -96,8 +114,8 @@ def test_released_code_fine_tunes_the_features_as_512_logits(task: Task) -> None
 def test_released_codes_probe_trains_the_head_and_moves_only_batch_norm_statistics(task: Task) -> None:
     settings = config("released-code")
     assert settings.probe_lr == 1e-3
-    network = network_for(models.encoder("7x7"), settings, "probe", CPU)
-    run(task, settings, "probe", Cell(1, 1), network)
+    probed = trainee("7x7", "probe", CPU)
+    run(task, settings, Cell(1, 1), probed)
     start = encoder_state()
-    moved = {key for key, value in network[0].state_dict().items() if not torch.equal(value, start[key])}
+    moved = {key for key, value in probed.network[0].state_dict().items() if not torch.equal(value, start[key])}
     assert moved == {key for key in start if "running" in key or "num_batches" in key}

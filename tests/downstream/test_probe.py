@@ -27,8 +27,8 @@ def weak_features(task: Task) -> Tensor:
     return noise + 0.2 * torch.from_numpy(task.labels)[:, None]
 
 
-def train_alone(features: Tensor, task: Task, cell: Cell) -> tuple[Tensor, int]:
-    """The scores of one head trained as the paper says, by torch's own parts, and its best epoch."""
+def train_alone(features: Tensor, task: Task, cell: Cell) -> tuple[Tensor, list[float]]:
+    """The scores of one head trained as the paper says, by torch's own parts, and its validation losses."""
     fold, labels, inputs = task.folds[cell.fold - 1], torch.from_numpy(task.labels), features.double()
     head = nn.Linear(512, 2).double()
     start = initial_head(cell, CONFIG.seed)
@@ -37,8 +37,8 @@ def train_alone(features: Tensor, task: Task, cell: Cell) -> tuple[Tensor, int]:
     optimizer = torch.optim.Adam(head.parameters(), lr=CONFIG.probe_lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.1)
     order = cell.generator(CONFIG.seed, "order")
-    best, best_loss, best_epoch = head, torch.inf, -1
-    for epoch in range(CONFIG.epochs):
+    best, losses = head, [torch.inf]
+    for _ in range(CONFIG.epochs):
         shuffled = torch.from_numpy(fold.train)[torch.randperm(len(fold.train), generator=order)]
         for rows in shuffled.split(CONFIG.batch_size):
             optimizer.zero_grad()
@@ -46,30 +46,32 @@ def train_alone(features: Tensor, task: Task, cell: Cell) -> tuple[Tensor, int]:
             optimizer.step()
         schedule.step()
         loss = functional.cross_entropy(head(inputs[fold.val]), labels[fold.val]).item()
-        if loss < best_loss:
-            best, best_loss, best_epoch = copy.deepcopy(head), loss, epoch
-    return torch.softmax(best(inputs), dim=1)[:, 1].detach(), best_epoch
+        if loss < min(losses):
+            best = copy.deepcopy(head)
+        losses.append(loss)
+    return torch.softmax(best(inputs), dim=1)[:, 1].detach(), losses[1:]
 
 
 def test_heads_trained_together_equal_heads_trained_one_by_one(task: Task) -> None:
     steps = {-(-len(fold.train) // CONFIG.batch_size) for fold in task.folds}
     assert len(steps) > 1, "the folds must differ in their number of steps"
     features = weak_features(task)
-    alone, best_epochs = zip(*(train_alone(features, task, cell) for cell in CELLS), strict=True)
-    assert len(set(best_epochs)) > 2, "selection by validation loss must matter"
-    together = train_heads(features, task, CELLS, CONFIG)
+    alone, losses = zip(*(train_alone(features, task, cell) for cell in CELLS), strict=True)
+    assert len({each.index(min(each)) for each in losses}) > 2, "selection by validation loss must matter"
+    together, losses_together = train_heads(features, task, CELLS, CONFIG)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together.double(), torch.stack(alone), atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses_together, torch.tensor(losses), atol=1e-6, rtol=0)
 
 
 def test_a_heads_scores_do_not_depend_on_the_heads_beside_it(task: Task) -> None:
     features = weak_features(task)
-    together = train_heads(features, task, CELLS, CONFIG)
+    together, _ = train_heads(features, task, CELLS, CONFIG)
     for row, cell in enumerate(CELLS):
-        assert torch.equal(train_heads(features, task, [cell], CONFIG)[0], together[row])
-    assert torch.equal(train_heads(features, task, CELLS[7:2:-1], CONFIG), together[3:8].flip(0))
+        assert torch.equal(train_heads(features, task, [cell], CONFIG)[0][0], together[row])
+    assert torch.equal(train_heads(features, task, CELLS[7:2:-1], CONFIG)[0], together[3:8].flip(0))
 
 
 def test_cells_differ_in_their_start_and_order(task: Task) -> None:
-    scores = train_heads(weak_features(task), task, CELLS, CONFIG)
+    scores, _ = train_heads(weak_features(task), task, CELLS, CONFIG)
     assert len({tuple(row.tolist()) for row in scores}) == len(CELLS)

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from modan_fast.downstream.tasks import Cell, decode, read_task
+from modan_fast.downstream.tasks import Cell, Leak, decode, leak_counts, leaks, read_task, write_folds
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -84,7 +85,7 @@ def test_missing_columns_are_named(make_task: MakeTask) -> None:
 
 
 def test_a_missing_fold_file_is_named(make_task: MakeTask, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder dataframe"):
+    with pytest.raises(InputError, match="or two class folders, and has none"):
         read_task(tmp_path)
     folder = make_task()
     (folder / "dataframe" / "nodule_val_fold4.csv").unlink()
@@ -107,6 +108,112 @@ def test_an_image_that_does_not_decode_is_named_with_its_row(make_task: MakeTask
     image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(InputError, match=r"csv, line \d+: images/005\.png does not decode"):
         decode(read_task(folder), 32)
+
+
+def write_classes(folder: Path, names: tuple[str, ...], count: int = 30, patients: int = 15) -> Path:
+    """`count` images a class folder, image i of patient i % `patients` of the class."""
+    pixels = np.random.default_rng(0).integers(0, 256, (len(names), count, 40, 36), dtype=np.uint8)
+    for name, images in zip(names, pixels, strict=True):
+        (folder / name / "deep").mkdir(parents=True)
+        for index, image in enumerate(images):
+            Image.fromarray(image).save(folder / name / "deep" / f"{name}{index % patients:02}_{index:03}.png")
+    return folder
+
+
+@pytest.mark.parametrize("group", [None, r"/([a-z]+\d+)_"])
+def test_folds_of_class_folders_are_stratified_and_keep_patients_together(
+    tmp_path: Path, group: str | None
+) -> None:
+    folder = write_classes(tmp_path / "task", ("benign", "malignant"))
+    task = read_task(folder, group=group)
+    assert task.made
+    assert sorted(np.concatenate([fold.test for fold in task.folds])) == list(range(60))
+    for number, fold in enumerate(task.folds):
+        assert fold.val.tolist() == task.folds[(number + 1) % 5].test.tolist()
+        assert sorted(np.concatenate([fold.train, fold.val, fold.test])) == list(range(60))
+        for part in (fold.train, fold.val, fold.test):
+            assert task.labels[part].mean() == 0.5
+    assert leaks(task) == []
+    by_patient = leaks(read_task(folder, group=r"/([a-z]+\d+)_"))
+    assert by_patient == []
+    assert bool(leaks(replace(task, patients=tuple(image[-10:-8] for image in task.images))))
+    assert [fold.test.tolist() for fold in read_task(folder, group=group).folds] == [
+        fold.test.tolist() for fold in task.folds
+    ]
+    other = read_task(folder, group=group, seed=1)
+    assert [fold.test.tolist() for fold in other.folds] != [fold.test.tolist() for fold in task.folds]
+
+
+def test_folds_written_once_are_read_back_as_they_are(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "task", ("benign", "malignant"))
+    task = read_task(folder)
+    write_folds(task, tmp_path / "folds")
+    again = read_task(folder, folds=tmp_path / "folds", seed=9)
+    assert again.sha256 == task.sha256
+    assert (task.made, again.made) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "positive"),
+    [
+        (("benign", "malignant"), None, "malignant"),
+        (("abnormal", "normal"), None, "abnormal"),
+        (("No", "yes"), None, "yes"),
+        (("cyst", "tumor"), None, "tumor"),
+        (("cyst", "tumor"), "cyst", "cyst"),
+    ],
+)
+def test_the_positive_class_is_known_by_name_or_named(
+    tmp_path: Path, names: tuple[str, str], given: str | None, positive: str
+) -> None:
+    task = read_task(write_classes(tmp_path / "task", names, 5), positive=given)
+    assert task.positive == positive
+    assert {image.split("/")[0] for image, label in zip(task.images, task.labels, strict=True) if label} == {
+        positive
+    }
+
+
+def test_class_folders_that_cannot_be_divided_are_named(tmp_path: Path) -> None:
+    three = write_classes(tmp_path / "three", ("a", "b", "c"), 5)
+    with pytest.raises(InputError, match=r"two class folders, and has 3 folders \(a, b, c\)"):
+        read_task(three)
+    few = write_classes(tmp_path / "few", ("a", "b"), 4)
+    with pytest.raises(InputError, match="few/a has 4 images: each of the 5 folds needs one"):
+        read_task(few)
+    patients = write_classes(tmp_path / "patients", ("a", "b"), 12, patients=3)
+    with pytest.raises(InputError, match="patients/a has 3 patients"):
+        read_task(patients, group=r"([ab]\d+)_")
+    with pytest.raises(
+        InputError, match=r"--group x\(1\) is no column, and finds nothing in a/deep/a00_000\.png"
+    ):
+        read_task(patients, group="x(1)")
+    with pytest.raises(InputError, match="--positive d is no class folder of .*: name a or b"):
+        read_task(patients, positive="d")
+    with pytest.raises(InputError, match="no task at"):
+        read_task(tmp_path / "nowhere")
+
+
+def test_leaks_are_found_by_bytes_and_by_a_patient_column(make_task: MakeTask) -> None:
+    folder = make_task()
+    assert leaks(read_task(folder)) == []
+    for path in (folder / "dataframe").iterdir():
+        head, *rows = path.read_text().splitlines()
+        # Images 0 and 6 are of one patient, the others of one each.
+        patients = [row[7:10].replace("006", "000") for row in rows]
+        path.write_text(
+            "\n".join([f"{head},patient", *(f"{row},{who}" for row, who in zip(rows, patients, strict=True))])
+            + "\n"
+        )
+    # Image 0 is in the test part of fold 1 and trained on in fold 4, which tests image 6.
+    assert leaks(read_task(folder, group="patient")) == [
+        Leak(1, "patient", "images/000.png", "images/006.png"),
+        Leak(4, "patient", "images/006.png", "images/000.png"),
+    ]
+    (folder / "images" / "006.png").write_bytes((folder / "images" / "000.png").read_bytes())
+    replace_line(folder / "dataframe" / "nodule_test_fold1.csv", 2, "images/000.png,benign,other")
+    found = leaks(read_task(folder))
+    assert {leak.shared for leak in found} == {"bytes"}
+    assert leak_counts(found) == "2 by the same bytes", "of patients nothing is known here"
 
 
 def test_the_digest_changes_with_an_image_a_label_or_a_fold(make_task: MakeTask) -> None:

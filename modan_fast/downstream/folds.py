@@ -1,0 +1,159 @@
+"""Where the classes and folds of a task come from: published fold files, or class folders divided once."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from shard_builder.settings import InputError
+
+FOLDS = 5
+SPLITS = ("train", "val", "test")
+IMAGE_COLUMNS = ("filename", "img_dir")
+LABEL_COLUMNS = ("label", "acl_label")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+LABELS = {"benign": 0, "normal": 0, "no": 0, "0": 0, "malignant": 1, "yes": 1, "1": 1}  # by class name
+
+
+@dataclass
+class Listing:
+    """Images as files or folders list them, while a task is read: label, place and patient by path."""
+
+    labels: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+    words: dict[int, set[str]] = field(default_factory=lambda: {0: set(), 1: set()})
+
+
+def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, dict[tuple[str, int], list[str]]]:
+    """What the fold files in `frames` say of images under `folder`, and the images by (split, fold)."""
+    listing = Listing()
+    named: dict[tuple[str, int], list[str]] = {}
+    for key, path in _fold_files(frames).items():
+        named[key] = []
+        for where, image, word, patient in _rows(path, group):
+            label = LABELS[word]
+            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+                raise InputError(f"{where}: {image} lies outside the task folder: paths are relative to it")
+            if image not in listing.labels and not (folder / image).is_file():
+                raise InputError(f"{where}: there is no image {image} in {folder}")
+            if listing.labels.setdefault(image, label) != label:
+                raise InputError(f"{where}: {image} has another label than at {listing.sources[image]}")
+            listing.sources.setdefault(image, where)
+            listing.words[label].add(word)
+            if group is not None:
+                listing.patients[image] = patient or _patient(group, image, where)
+            named[key].append(image)
+        classes = {listing.labels[image] for image in named[key]}
+        if not classes or (key[0] != "val" and len(classes) < 2):
+            found = "no image" if not classes else "one class only"
+            raise InputError(f"{path} has {found}: both classes are needed to train and to test")
+    return listing, named
+
+
+def class_folders(folder: Path, group: str | None, positive: str | None) -> Listing:
+    """The images in a folder of two class folders; a known class name decides which is positive, else the order."""
+    if not folder.is_dir():
+        raise InputError(f"no task at {folder}: name a folder with --task")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) != 2:
+        found = (
+            f"{len(names)} folders ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})" if names else "none"
+        )
+        raise InputError(
+            f"{folder} is no task: it needs a folder dataframe with fold files, or two class folders, and has {found}"
+        )
+    if positive is not None and positive not in names:
+        raise InputError(f"--positive {positive} is no class folder of {folder}: name {' or '.join(names)}")
+    # The class whose name is known as positive, or beside one known as negative; else the second in order.
+    known = [LABELS.get(name.lower()) for name in names]
+    positive = positive or names[0 if known in ([1, None], [1, 0], [None, 0]) else 1]
+    listing = Listing(words={0: set(names) - {positive}, 1: {positive}})
+    for path in sorted(folder.glob("*/**/*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            image = path.relative_to(folder).as_posix()
+            if image.split("/")[0] in names:
+                listing.labels[image] = int(image.split("/")[0] == positive)
+                listing.sources[image] = str(folder)
+                if group is not None:
+                    listing.patients[image] = _patient(group, image, str(folder))
+    return listing
+
+
+def make_folds(folder: Path, listing: Listing, seed: int) -> dict[tuple[str, int], list[str]]:
+    """Stratified folds in which no patient lies in two parts; each fold is validated on the next one's test images."""
+    images = np.array(sorted(listing.labels))
+    labels = np.array([listing.labels[image] for image in images])
+    patients = [listing.patients.get(image, image) for image in images]
+    for label, words in listing.words.items():
+        found = len({patient for patient, each in zip(patients, labels, strict=True) if each == label})
+        if found < FOLDS:
+            what = "patients" if listing.patients else "images"
+            raise InputError(f"{folder}/{min(words)} has {found} {what}: each of the {FOLDS} folds needs one")
+    grouped = bool(listing.patients)
+    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(FOLDS, shuffle=True, random_state=seed)
+    parts = [test for _, test in splitter.split(images, labels, patients if grouped else None)]
+    named: dict[tuple[str, int], list[str]] = {}
+    for fold in range(FOLDS):
+        after = (fold + 1) % FOLDS
+        rest = np.concatenate([part for index, part in enumerate(parts) if index not in (fold, after)])
+        for split, rows in (("train", np.sort(rest)), ("val", parts[after]), ("test", parts[fold])):
+            if len(set(labels[rows])) < 2:
+                raise InputError(
+                    f"{folder}: {split} of fold {fold + 1} would have one class only: too few patients"
+                )
+            named[split, fold + 1] = images[rows].tolist()
+    return named
+
+
+def _patient(group: str, image: str, where: str) -> str:
+    """The patient that the regular expression `group` finds in an image's path."""
+    match = re.search(group, image)
+    if match is None:
+        raise InputError(f"{where}: --group {group} is no column, and finds nothing in {image}")
+    return str(match[1] if match.re.groups else match[0])
+
+
+def _fold_files(frames: Path) -> dict[tuple[str, int], Path]:
+    """The 15 fold files by (split, fold)."""
+    files = {}
+    for split in SPLITS:
+        for fold in range(1, FOLDS + 1):
+            wanted = f"{split}_fold{fold}.csv"
+            found = sorted(path for path in frames.iterdir() if path.name.endswith(wanted))
+            if len(found) != 1:
+                names = " and ".join(path.name for path in found) or "none"
+                raise InputError(f"{frames} must have one file *{wanted}, found {names}")
+            files[split, fold] = found[0]
+    return files
+
+
+def _rows(path: Path, group: str | None) -> Iterator[tuple[str, str, str, str | None]]:
+    """(where it stands, image, class, value of the column `group` if any) of each row of a fold file."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or ()
+            image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
+            label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+            if image_column is None or label_column is None:
+                raise InputError(
+                    f"{path}, line 1: needs a column {' or '.join(IMAGE_COLUMNS)} and a column "
+                    f"{' or '.join(LABEL_COLUMNS)}, has {', '.join(columns) or 'none'}"
+                )
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                image, label = (row[image_column] or "").strip(), (row[label_column] or "").strip()
+                if not image or not image.isprintable():
+                    raise InputError(f"{where}: names no image")
+                if label.lower() not in LABELS:
+                    raise InputError(f"{where}: label {label!r} is none of {', '.join(LABELS)}")
+                yield where, re.sub(r"^(\./)+", "", image), label.lower(), row.get(group) if group else None
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path} is no CSV file in UTF-8 ({error})") from error

@@ -1,0 +1,142 @@
+"""What the page shows of a results folder as pictures: each is written as a file and returned as HTML."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import roc_curve
+
+from modan_fast.config import ReportConfig
+from modan_fast.downstream.results import CURVE_COLUMNS
+from modan_fast.downstream.statistics import Predictions
+from modan_fast.machine import pick_device
+from modan_fast.report import figures, tables
+from modan_fast.report.embed import features, pretraining_images, shards_of
+from shard_builder.settings import InputError, Report
+
+
+def draw_roc(folder: Path, predictions: Predictions) -> str:
+    """ROC curves of each task and recipe: a panel an init and protocol."""
+    content = ""
+    for task, recipe in dict.fromkeys((series.task, series.recipe) for series in predictions):
+        panels: dict[str, list[tuple[str, list[figures.Curve]]]] = {}
+        for series, cells in sorted(predictions.items(), key=lambda item: item[0].protocol):
+            if (series.task, series.recipe) == (task, recipe):
+                drawn = [
+                    roc_curve(outcome.labels, outcome.scores)[:2]
+                    for _, outcome in sorted(cells.items(), key=lambda item: (item[0].repeat, item[0].fold))
+                    if len(set(outcome.labels)) == 2 and np.isfinite(outcome.scores).all()
+                ]
+                if drawn:
+                    title = f"{series.init}\n{tables.PROTOCOLS[series.protocol]}"
+                    panels.setdefault(series.protocol, []).append((title, drawn))
+        if panels:
+            path = folder / f"roc-{task}-{recipe}.svg"
+            figures.roc(path, list(panels.values()), shown=5)
+            content += _figure(
+                path,
+                f"ROC curves, {task}, {recipe}",
+                f"{task}, recipe {recipe}. Thin: the five folds of the first repeat. Thick: the mean of all folds and "
+                "repeats at equal false-positive rates.",
+            )
+    return content
+
+
+def draw_curves(folder: Path, losses: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Validation loss of the downstream trainings, and loss of the pretrainings."""
+    content = ""
+    if losses.exists():
+        found: dict[tuple[str, str, str], dict[str, list[list[float]]]] = {}
+        with losses.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, CURVE_COLUMNS):
+                if row["epoch"] == "epoch":
+                    continue
+                cells = found.setdefault((row["task"], row["recipe"], row["protocol"]), {}).setdefault(
+                    row["init"], []
+                )
+                if row["epoch"] == "1":
+                    cells.append([])
+                cells[-1].append(float(row["val_loss"]))
+        panels = [
+            (
+                f"{task}, {tables.PROTOCOLS[protocol]}, {recipe}",
+                {init: np.array(cells) for init, cells in inits.items()},
+            )
+            for (task, recipe, protocol), inits in sorted(found.items())
+        ]
+        if panels:
+            path = folder / "validation-loss.svg"
+            figures.curves(path, panels, ("epoch", "validation loss"))
+            content += _figure(
+                path,
+                "Validation loss over the epochs",
+                "Validation loss of fine-tuning and probing: the median of all folds and repeats, and the middle half.",
+            )
+    if logs:
+        path = folder / "pretraining-loss.svg"
+        figures.curves(path, _over_epochs(logs, "loss"), ("epoch", "loss"))
+        content += _figure(
+            path,
+            "Pretraining loss",
+            "Training loss of the runs. The methods' losses cannot be compared with each other.",
+        )
+    return content
+
+
+def draw_speed(folder: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    if not logs:
+        return ""
+    path = folder / "pretraining-speed.svg"
+    figures.curves(path, _over_epochs(logs, "views_per_second"), ("epoch", "views/s"))
+    return _figure(path, "Views a second in pretraining", "Views a second in each epoch of the runs.")
+
+
+def _over_epochs(
+    logs: Mapping[str, Sequence[Mapping[str, Any]]], name: str
+) -> list[tuple[str, dict[str, NDArray[np.float64]]]]:
+    """A panel a run of what its log calls `name`."""
+    return [(init, {"": np.array([[line[name] for line in log]], np.float64)}) for init, log in logs.items()]
+
+
+def draw_umap(folder: Path, runs: Mapping[str, Any], recipe: str, config: ReportConfig, report: Report) -> str:
+    """UMAP of the pretraining images, one panel an init, or why there is none."""
+    if not config.samples:
+        return ""
+    try:
+        shards = shards_of(runs, config.shards)
+        images, names = pretraining_images(
+            shards, config.samples, runs["settings"].get(recipe, {}).get("image_size", 224)
+        )
+    except InputError as error:
+        return f'<p class="note">No UMAP: {escape(str(error))}</p>'
+    found, missing = features(runs, recipe, images, pick_device(config.device), report)
+    if not found:
+        return f'<p class="note">No UMAP: {escape("; ".join(missing))}</p>'
+    path = folder / "umap.png"
+    figures.embedding(path, list(found.items()), names)
+    without = f" Without a panel: {'; '.join(missing)}." if missing else ""
+    return _figure(
+        path,
+        "UMAP of penultimate features",
+        f"Penultimate features of {len(names):,} pretraining images, one UMAP an init. Colours stand for modality and "
+        f"anatomy and markers for modality, alike in all panels. Axes have no unit.{without}",
+    )
+
+
+def _figure(path: Path, alternative: str, caption: str) -> str:
+    """A picture inside the page."""
+    kind = "svg+xml" if path.suffix == ".svg" else "png"
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    width = "" if kind == "svg+xml" else f' width="{Image.open(path).width * 96 // figures.DPI}"'
+    return (
+        f'<figure><img{width} src="data:image/{kind};base64,{data}" alt="{escape(alternative)}">'
+        f"<figcaption>{escape(caption)} ({escape(path.parent.name)}/{escape(path.name)})</figcaption></figure>\n"
+    )

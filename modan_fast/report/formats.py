@@ -1,0 +1,108 @@
+"""A table as Markdown, CSV, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import accumulate
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. `groups` are headings above those of the columns, each with how many columns it spans."""
+
+    name: str
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    groups: Sequence[tuple[str, int]] = ()
+
+
+def _flat_head(table: Table) -> list[str]:
+    """The headings with their groups, in one line."""
+    groups = [name for name, columns in table.groups for _ in range(columns)] or [""] * len(table.head)
+    return [f"{group} {head}".strip() for group, head in zip(groups, table.head, strict=True)]
+
+
+def to_markdown(table: Table) -> str:
+    """The table with its title and note."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    rule = ["---"] * len(table.head)
+    lines = [f"### {table.title}", "", *map(line, [_flat_head(table), rule, *table.rows])]
+    return "\n".join([*lines, *(["", table.note] if table.note else [])]) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """The cells alone."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_flat_head(table), *table.rows])
+    return text.getvalue()
+
+
+LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": "$<$", ">": "$>$", "–": "--", "ⁿ": "$^n$"},
+}
+
+
+def to_latex(table: Table) -> str:
+    """A table float; needs the package booktabs, and with many columns resizebox from graphicx."""
+
+    def tex(text: str) -> str:
+        return "".join(LATEX.get(character, character) for character in text)
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cells) + r" \\"
+
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(table.title)}. {tex(table.note)}}}"]
+    lines += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{{'l' * len(table.head)}}}", r"\toprule"]
+    if table.groups:
+        lines.append(line([rf"\multicolumn{{{columns}}}{{c}}{{{tex(name)}}}" for name, columns in table.groups]))
+    lines += [line(list(map(tex, table.head))), r"\midrule"]
+    lines += [line(list(map(tex, row))) for row in table.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
+
+
+def to_html(table: Table) -> str:
+    """A figure that holds the table, to be scrolled where it is wider than the screen."""
+
+    def cell(kind: str, text: str, attributes: str = "") -> str:
+        return f"<{kind}{attributes}>{escape(text)}</{kind}>"
+
+    # Columns that open a group get a rule, and the paper's own a tint.
+    opening = set(accumulate((columns for _, columns in table.groups), initial=0))
+    classes = [
+        " ".join(["opens"] * (index in opening and index > 0) + ["theirs"] * text.startswith("paper "))
+        for index, text in enumerate(table.head)
+    ]
+    marks = [f' class="{names}"' if names else "" for names in classes]
+    groups = "".join(cell("th", name, f' colspan="{columns}" scope="colgroup"') for name, columns in table.groups)
+    above = f'<tr class="groups">{groups}</tr>' if table.groups else ""
+    head = "".join(cell("th", text, f' scope="col"{mark}') for text, mark in zip(table.head, marks, strict=True))
+    body = "".join(
+        "<tr>" + "".join(cell("td", text, mark) for text, mark in zip(row, marks, strict=True)) + "</tr>\n"
+        for row in table.rows
+    )
+    note = f"<figcaption>{escape(table.note)}</figcaption>" if table.note else ""
+    return (
+        f'<figure class="table" id="{escape(table.name)}"><h3>{escape(table.title)}</h3>'
+        f'<div class="scroll" tabindex="0"><table><thead>{above}<tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>'
+        f"</div>{note}</figure>"
+    )
+
+
+def write(table: Table) -> dict[str, str]:
+    """The table's files by name."""
+    return {
+        f"{table.name}.md": to_markdown(table),
+        f"{table.name}.csv": to_csv(table),
+        f"{table.name}.tex": to_latex(table),
+    }

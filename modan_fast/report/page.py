@@ -1,0 +1,183 @@
+"""One HTML page with all tables and figures of a results folder, each of which is also a file of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from modan_fast.checkpoint import write_atomically
+from modan_fast.config import ReportConfig
+from modan_fast.downstream.results import Results
+from modan_fast.downstream.statistics import comparisons, read_predictions, summaries
+from modan_fast.downstream.tasks import Leak, leak_counts
+from modan_fast.report import formats, paper, tables
+from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
+from shard_builder.settings import InputError, Report, silent
+
+NO_RUNS: dict[str, Any] = {"inits": {}, "tasks": {}, "settings": {}, "times": []}
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1>
+<p class="lead">{lead}</p></header>
+<nav aria-label="Sections">{links}</nav>
+<main>
+{sections}
+</main>
+</body>
+</html>
+"""
+
+
+def write_report(results: Path, config: ReportConfig, report: Report = silent) -> Path:
+    """Write report.html with its tables/ and figures/ from a results folder; the page's path.
+
+    The same results give the same files. Raises `InputError` where there are no results, or the reference is none
+    of their inits. What only the UMAP needs may be missing; the page then says so.
+    """
+    predictions = read_predictions(results / "predictions.csv")
+    if not predictions:
+        raise InputError(f"{results / 'predictions.csv'} is empty: run an evaluation first")
+    out = config.out or results
+    # Predictions alone make tables and ROC curves.
+    runs = Results.open(results).runs if (results / "runs.json").exists() else NO_RUNS
+    methods = {init: _method(init, runs) for init in dict.fromkeys(series.init for series in predictions)}
+    reference = _reference(config.reference, methods)
+    (out / "tables").mkdir(parents=True, exist_ok=True)
+    (out / "figures").mkdir(exist_ok=True)
+
+    report("report", 0, 4, "tables")
+    rows, compared = summaries(predictions), comparisons(predictions, reference)
+    logs = {name: log for name, init in runs["inits"].items() if (log := _log(init))}
+    published = [
+        tables.paper_table(recipe, protocol, rows, compared, methods)
+        for recipe, protocol in sorted({(row.recipe, row.protocol) for row in rows})
+    ]
+    behind = [tables.summary_table(rows), tables.comparison_table(compared)]
+    times = tables.time_table(runs["times"], logs)
+    for table in (*published, *behind, times):
+        for name, text in formats.write(table).items():
+            _write(out / "tables" / name, text)
+
+    report("report", 1, 4, "ROC curves")
+    roc = draw_roc(out / "figures", predictions)
+    report("report", 2, 4, "learning curves")
+    learning = draw_curves(out / "figures", results / "curves.csv", logs)
+    speed = draw_speed(out / "figures", logs)
+    report("report", 3, 4, "UMAP")
+    umap = draw_umap(out / "figures", runs, next(iter(predictions)).recipe, config, report)
+    report("report", 4, 4, "")
+
+    sections = [
+        ("Results", "".join(map(formats.to_html, published)) + _leakage(results)),
+        ("Statistics", "".join(map(formats.to_html, behind))),
+        ("ROC curves", roc),
+        ("Pretraining images", umap),
+        ("Learning curves", learning),
+        ("Speed", formats.to_html(times) + speed),
+        ("What was judged", _provenance(runs)),
+    ]
+    page = PAGE.format(
+        title=f"Encoders judged: {escape(', '.join(dict.fromkeys(row.task for row in rows)))}",
+        lead=escape(
+            f"{len(methods)} inits, {max(row.repeats for row in rows)} repeats of five folds at most, compared with "
+            f"{reference}. Made by modan-fast {runs.get('versions', {}).get('modan_fast', '')} from {results.name}/."
+        ),
+        style=files("modan_fast.report").joinpath("page.css").read_text(encoding="utf-8"),
+        links="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name, content in sections if content),
+        sections="\n".join(
+            f'<section id="{_anchor(name)}"><h2>{name}</h2>\n{content}</section>'
+            for name, content in sections
+            if content
+        ),
+    )
+    _write(out / "report.html", page)
+    return out / "report.html"
+
+
+def _reference(asked: str | None, methods: Mapping[str, str | None]) -> str:
+    """The init to compare with: as asked, or the first one of the paper's method, or else the first."""
+    if asked is None:
+        return next(
+            (init for init, method in methods.items() if method == paper.METHODS["mulsupcon"]),
+            next(iter(methods)),
+        )
+    if asked not in methods:
+        raise InputError(f"--reference {asked} is none of the inits judged: {', '.join(methods)}")
+    return asked
+
+
+def _method(init: str, runs: Mapping[str, Any]) -> str | None:
+    """The paper's name of an init's method."""
+    return paper.METHODS.get(runs["inits"].get(init, {}).get("method") or init)
+
+
+def _log(init: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The epochs in the log of the run that an init comes from, if it is still there."""
+    path = Path(init["path"]).parent / "log.jsonl" if "path" in init else None
+    if path is None or not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path} is no readable log ({error}): restore it, or move it away") from error
+
+
+def _leakage(results: Path) -> str:
+    """What the evaluation found of images that train and test share."""
+    notes = []
+    for path in sorted(results.glob("*-leakage.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            counts = leak_counts(Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None))
+        task = path.name.removesuffix("-leakage.csv")
+        notes.append(
+            f"{task}: test images that an image of their train fold gives away: {counts} ({path.name}). "
+            "Its AUCs may be too high, for all inits alike."
+        )
+    return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+
+
+def _provenance(runs: Mapping[str, Any]) -> str:
+    """Inits, tasks, settings and versions."""
+    facts = []
+    for name, init in runs["inits"].items():
+        told = [
+            f"{key} {value}" for key, value in init.items() if key in ("kind", "method", "stem", "path") and value
+        ]
+        facts.append(
+            (name, ", ".join([*told, *([f"SHA-256 {init['sha256'][:12]}"] if init.get("sha256") else [])]))
+        )
+    for name, task in runs["tasks"].items():
+        positive = f", positive class {task['positive']}" if task.get("positive") else ""
+        facts.append((name, f"{task['images']} images{positive}, SHA-256 {task['sha256'][:12]}"))
+    facts += [
+        (f"recipe {recipe}", ", ".join(f"{name} {value}" for name, value in settings.items()))
+        for recipe, settings in runs["settings"].items()
+    ]
+    facts.append(
+        ("versions", ", ".join(f"{name} {version}" for name, version in runs.get("versions", {}).items()))
+    )
+    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts)
+    return f"<dl>{lines}</dl>"
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda at: at.write_text(text, encoding="utf-8"))
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")

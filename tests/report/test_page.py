@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from modan_fast.config import ReportConfig
+from modan_fast.report.page import write_report
+from shard_builder.settings import InputError
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PLAIN = ReportConfig(samples=0)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def test_the_page_holds_everything_and_needs_nothing_else(results: Path) -> None:
+    text = write_report(results, PLAIN).read_text()
+    assert re.findall(r"(?:src|href)=\"(?!#|data:)", text) == []
+    assert "url(" not in text
+    assert "@import" not in text
+    for wanted in (
+        "Table 4: fine-tuning",
+        "Table 5: linear probing",
+        "noise of training",
+        "0.926",
+        "Holm",
+        "at least 0.5",
+    ):
+        assert wanted in text
+    assert text.count("<img ") == len(list((results / "figures").iterdir())) == 2
+    assert {path.suffix for path in (results / "tables").iterdir()} == {".md", ".csv", ".tex"}
+
+
+def test_the_same_results_give_the_same_bytes(results: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_report(results, replace(PLAIN, out=tmp_path / name))
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_the_umap_shows_the_pretraining_images_of_each_init_that_is_left(
+    results: Path, shards: Path, tmp_path: Path
+) -> None:
+    text = write_report(results, ReportConfig(shards=shards, samples=20, device="cpu")).read_text()
+    assert "Penultimate features of 20 pretraining images" in text
+    assert "Without a panel: mulsupcon: gone/encoder.safetensors is gone or has changed" in text
+    assert min(Image.open(results / "figures" / "umap.png").size) > 300
+    assert "name one with --shards" in write_report(results, ReportConfig(samples=20)).read_text()
+
+
+def test_names_cannot_break_the_page(results: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    for name in ("predictions.csv", "runs.json", "curves.csv"):
+        path = results / name
+        path.write_text(path.read_text().replace("scratch", evil))
+    text = write_report(results, PLAIN).read_text()
+    assert evil not in text
+    assert escape(evil) in text
+
+
+def test_a_wrong_reference_and_empty_results_are_named(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--reference nobody is none of the inits judged: mulsupcon, scratch"):
+        write_report(results, replace(PLAIN, reference="nobody"))
+    with pytest.raises(InputError, match="no predictions at"):
+        write_report(tmp_path / "nowhere", PLAIN)
+    assert "scratch against the others" in write_report(results, replace(PLAIN, reference="scratch")).read_text()
+
+
+def test_predictions_alone_make_tables_and_roc_curves(results: Path, shards: Path) -> None:
+    (results / "runs.json").unlink()
+    (results / "curves.csv").unlink()
+    text = write_report(results, ReportConfig(shards=shards, samples=20)).read_text()
+    assert "0.000977" in text
+    assert "No UMAP" in text
+    assert [path.name for path in (results / "figures").iterdir()] == ["roc-breast-paper.svg"]
+
+
+def test_leaks_that_the_evaluation_found_are_told(results: Path) -> None:
+    (results / "breast-leakage.csv").write_text(
+        "fold,shared,test_image,train_image\n1,bytes,a.png,b.png\n2,bytes,a.png,c.png\n1,patient,a.png,d.png\n"
+    )
+    assert "gives away: 1 by the same bytes, 1 by the same patient" in write_report(results, PLAIN).read_text()
+
+
+PROBE = """<!doctype html><meta charset="utf-8"><body><iframe style="width:{width}px;height:900px;border:0"
+srcdoc="{page}"></iframe><script>
+document.querySelector("iframe").onload = event => {{
+  const root = event.target.contentDocument.documentElement;
+  document.body.setAttribute("data-widths", root.clientWidth + " " + root.scrollWidth);
+  const images = [...event.target.contentDocument.images];
+  document.body.setAttribute("data-images", images.filter(image => image.naturalWidth > 0).length);
+}};
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_opens_in_a_browser_without_an_error_and_fits_its_width(
+    results: Path, tmp_path: Path, width: int
+) -> None:
+    assert CHROMIUM is not None
+    text = write_report(results, PLAIN).read_text()
+    (tmp_path / "probe.html").write_text(PROBE.format(width=width, page=escape(text)))
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000"]
+    shown = subprocess.run(
+        [*command, (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "CONSOLE" not in shown.stderr
+    assert f'data-widths="{width} {width}"' in shown.stdout
+    assert 'data-images="2"' in shown.stdout
