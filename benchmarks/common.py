@@ -91,8 +91,12 @@ def publish(
     notes: Sequence[str],
     arguments: argparse.Namespace,
     device: torch.device,
+    variant: str = "",
 ) -> None:
-    """Print a table of the measured values and write it, as JSON and Markdown, beside the earlier ones."""
+    """Print a table of the measured values and write it, as JSON and Markdown, beside the earlier ones.
+
+    Results of different variants of a benchmark do not replace each other.
+    """
     summary = {
         name: {"median": median(values), "lowest": min(values), "highest": max(values)}
         for name, values in measured.items()
@@ -124,7 +128,7 @@ def publish(
     markdown = "\n".join(lines) + "\n"
     print("\n" + markdown)
     arguments.results.mkdir(parents=True, exist_ok=True)
-    place = arguments.results / f"{benchmark}-{_host_kind(device)}"
+    place = arguments.results / "-".join(filter(None, [benchmark, variant, _host_kind(device)]))
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", f"# {benchmark}\n\n{markdown}")):
         beside = place.with_name(place.name + suffix + ".part")
         beside.write_text(text, encoding="utf-8")

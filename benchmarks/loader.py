@@ -7,7 +7,6 @@ batches. Saturation, hue and RandomGrayscale change nothing on one channel, and 
 from __future__ import annotations
 
 import io
-import itertools
 import tarfile
 import tempfile
 import time
@@ -29,16 +28,20 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from modan_fast.config import Augmentation
+from modan_fast.decode import dali_installed
 from modan_fast.loader import Loader
 from modan_fast.render import open_renderer
 from modan_fast.shards import ShardSet, open_shards
-from modan_fast.store import Store, dali_installed, open_store
-from shard_builder.build import BuildOptions, build
+from modan_fast.store import Memory, Store, read_all
+from modan_fast.stream import Stream
+from shard_builder.build import build
+from shard_builder.options import BuildOptions
 from shard_builder.settings import usable_cores
 
 AUGMENTATION = Augmentation()
 CLASSES = ("CT/lung/Nodule", "CT/abd/liver_lesion", "MR/brain/edema", "MR/knee/normal", "US/abd/liver")
-NAMES = ("pillow-0", "pillow", "webdataset", "tensors", "dali", "torch")
+BASELINES = ("pillow-0", "pillow", "webdataset", "tensors", "dali-tars")
+NAMES = (*BASELINES, "stream", "dali", "torch")
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,14 @@ def read_member(sample: tuple[bytes]) -> Image.Image:
     return Image.open(io.BytesIO(sample[0])).convert("L")
 
 
-def augmented(library: Any, size: int, *last: Any) -> Any:
-    """The paper's augmentation, from torchvision's first or second transforms."""
-    jitter = library.ColorJitter(brightness=AUGMENTATION.brightness, contrast=AUGMENTATION.contrast)
+def augmented(library: Any, size: int, *last: Any, published: bool = False) -> Any:
+    """The paper's augmentation, from torchvision's first or second transforms.
+
+    As `published` it has steps that change nothing on one channel.
+    """
+    colour = {"saturation": 0.4, "hue": 0.1} if published else {}
+    jitter = library.ColorJitter(brightness=AUGMENTATION.brightness, contrast=AUGMENTATION.contrast, **colour)
+    last = (library.RandomGrayscale(0.2), *last) if published else last
     return library.Compose(
         [
             library.RandomResizedCrop(size, scale=AUGMENTATION.scale, ratio=AUGMENTATION.ratio, antialias=True),
@@ -114,21 +122,60 @@ def torch_batches(
 
 
 def store_batches(
-    store: Store, renderer: Any, size: int, batch_size: int, device: torch.device
+    store: Store, renderer: Any, *, size: int, batch_size: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Batches of modan-fast's loader, epoch after epoch."""
     opened = open_renderer(
         renderer,
         size=size,
-        batch_size=batch_size,
+        batch_size=2 * batch_size,
         device=device,
         dtype=torch.float32,
         threads=usable_cores(),
     )
     loader = Loader(store, opened, AUGMENTATION, batch_size=batch_size, drop_last=True)
-    for epoch in itertools.count():
-        for batch in loader.epoch(epoch):
-            yield batch.views
+    for batch in loader.endless():
+        yield batch.views
+
+
+def dali_batches(tars: list[Path], size: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Batches of a pipeline of DALI's own: its reader of tars, its random numbers, decoding anew each epoch."""
+    from nvidia.dali import Pipeline, fn, types
+
+    gpu = device.type == "cuda"
+    pipeline = Pipeline(batch_size, usable_cores(), device_id=0 if gpu else None, seed=0)
+    with pipeline:
+        encoded = fn.readers.webdataset(
+            paths=[str(tar) for tar in tars],
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            ext=["png"],
+            missing_component_behavior="error",
+            random_shuffle=True,
+            initial_fill=batch_size,
+        )
+        images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.GRAY)
+        views = []
+        for _ in range(2):
+            view = fn.random_resized_crop(
+                images,
+                size=(size, size),
+                random_area=AUGMENTATION.scale,
+                random_aspect_ratio=AUGMENTATION.ratio,
+                antialias=True,
+            )
+            view = fn.flip(view, horizontal=fn.random.coin_flip(probability=AUGMENTATION.flip))
+            jitter = fn.random.coin_flip(probability=AUGMENTATION.jitter)
+            brightness = 1 + jitter * fn.random.uniform(range=(-AUGMENTATION.brightness, AUGMENTATION.brightness))
+            contrast = 1 + jitter * fn.random.uniform(range=(-AUGMENTATION.contrast, AUGMENTATION.contrast))
+            bright = fn.brightness_contrast(view, brightness=brightness)
+            mean = fn.reductions.mean(bright)
+            # About the view's own mean, as torchvision has it.
+            view = fn.brightness_contrast(bright, contrast=contrast, contrast_center=mean.cpu() if gpu else mean)
+            views.append(fn.crop_mirror_normalize(view, dtype=types.FLOAT, mean=[0.0], std=[255.0]))
+        pipeline.set_outputs(*views)
+    pipeline.build()
+    while True:
+        yield torch.cat([torch.from_dlpack(view.as_tensor()) for view in pipeline.run()])
 
 
 def make_images(folder: Path, count: int, size: int) -> None:
@@ -161,14 +208,39 @@ def prepare(arguments: Any, scratch: Path) -> tuple[list[Path], ShardSet]:
     opened = open_shards(shards)
     if images is None:
         images = scratch / "images"
-        for path in opened.tars:
-            with tarfile.open(path) as tar:
-                tar.extractall(images, [each for each in tar if each.name.endswith(".png")], filter="data")
+        images.mkdir()
+        for name, data in members(opened):
+            if name.endswith(".png"):
+                (images / name).write_bytes(data)
     return sorted(images.rglob("*.png")), opened
 
 
+def shards_or_made(given: Path | None, scratch: Path, count: int) -> ShardSet:
+    """The shard set `given`, or one of `count` synthetic images of 224 pixels, made in `scratch`."""
+    if given is None:
+        make_images(scratch / "images", count, 224)
+        given = scratch / "shards"
+        build(scratch / "images", given, BuildOptions(per_class=0))
+    return open_shards(given)
+
+
+def members(shards: ShardSet) -> Iterator[tuple[str, bytes]]:
+    """Name and content of all files in the tars of a shard set, in storage order."""
+    for path in tars_of(shards):
+        with tarfile.open(path) as tar:
+            for each in tar:
+                content = tar.extractfile(each)
+                assert content is not None
+                yield each.name, content.read()
+
+
+def tars_of(shards: ShardSet) -> list[Path]:
+    """The shards' files, in storage order."""
+    return [Path(shards.place) / shard.name for shard in shards.manifest.shards]
+
+
 def candidates_of(
-    arguments: Any, files: list[Path], shards: ShardSet, store: Store, device: torch.device
+    arguments: Any, files: list[Path], shards: ShardSet, store: Memory, device: torch.device
 ) -> dict[str, Candidate]:
     """All candidates by their short names."""
     size, batch_size, cores = arguments.size, arguments.batch_size, usable_cores()
@@ -177,7 +249,7 @@ def candidates_of(
     from_files = TwoViews(partial(read_file, files), on_images)
     from_memory = TwoViews(store.pixels.cpu()[:, None].__getitem__, on_tensors)
     # Shards drawn at random without end: every worker is busy, however many there are.
-    members = webdataset.WebDataset([str(path) for path in shards.tars], resampled=True, shardshuffle=False)
+    members = webdataset.WebDataset([str(path) for path in tars_of(shards)], resampled=True, shardshuffle=False)
     from_tars = members.shuffle(batch_size).to_tuple("png").map(read_member).map(partial(two_views, on_images))
 
     def torch_loader(data: Any, samples: int | None, workers: int) -> Callable[[], Iterator[Tensor]]:
@@ -190,15 +262,21 @@ def candidates_of(
         "pillow": Candidate(f"Pillow + torchvision, {many}", torch_loader(from_files, len(files), cores), cores),
         "webdataset": Candidate(f"webdataset + Pillow, {many}", torch_loader(from_tars, None, cores), cores),
         "tensors": Candidate(
-            f"torchvision v2 on tensors, {many}", torch_loader(from_memory, len(store), cores), cores
+            f"torchvision v2 on tensors, {many}", torch_loader(from_memory, len(store.pixels), cores), cores
         ),
     }
-    for name, title in (
-        ("dali", "modan-fast, DALI from the store"),
-        ("torch", "modan-fast, torch from the store"),
-    ):
-        if name == "torch" or dali_installed():
-            candidates[name] = Candidate(title, partial(store_batches, store, name, size, batch_size, device))
+    ours = partial(store_batches, size=size, batch_size=batch_size, device=device)
+    if dali_installed():
+        tars = tars_of(shards)
+        stream = Stream(shards, renderer="dali", batch_size=batch_size, threads=cores)
+        candidates |= {
+            "dali-tars": Candidate(
+                "DALI alone, from PNG tars", partial(dali_batches, tars, size, batch_size, device)
+            ),
+            "stream": Candidate("modan-fast, DALI, streaming PNG tars", partial(ours, stream, "dali")),
+            "dali": Candidate("modan-fast, DALI from the store", partial(ours, store, "dali")),
+        }
+    candidates["torch"] = Candidate("modan-fast, torch from the store", partial(ours, store, "torch"))
     return {name: each for name, each in candidates.items() if name in arguments.only}
 
 
@@ -256,7 +334,9 @@ def main() -> None:
         if dali_installed():
             import nvidia.dali  # noqa: F401  # its import is not part of filling the store
         start = time.perf_counter()
-        store = open_store(shards, device=device, threads=usable_cores())
+        store = read_all(
+            shards, place="gpu" if device.type == "cuda" else "host", device=device, threads=usable_cores()
+        )
         synchronise(device)
         filling = time.perf_counter() - start
         candidates = candidates_of(arguments, files, shards, store, device)
@@ -270,14 +350,15 @@ def main() -> None:
             "images/s",
         )
         kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1000
-    ratios = {}
-    if "dali" in candidates:
-        dali = candidates["dali"].title
-        ratios = {
-            f"{dali} / {each.title}, of medians": median(measured[dali]) / median(measured[each.title])
-            for name, each in candidates.items()
-            if name != "dali"
-        }
+    ratios = {
+        f"{candidates[ours].title} / {candidates[other].title}, of medians": median(
+            measured[candidates[ours].title]
+        )
+        / median(measured[candidates[other].title])
+        for ours in ("torch", "dali")
+        for other in (*BASELINES, "stream")
+        if ours in candidates and other in candidates
+    }
     publish(
         "loader",
         measured,
@@ -286,7 +367,7 @@ def main() -> None:
         notes=[
             f"Two views of {arguments.size} px of each image, batches of {arguments.batch_size}; {len(files):,} grey "
             f"PNG files of {kilobytes:.1f} kB on average, in the page cache.",
-            f"Filling the store, once and not counted above: {filling:.2f} s, {len(store) / filling:,.0f} images/s.",
+            f"Filling the store, once and not counted: {filling:.2f} s, {len(store.pixels) / filling:,.0f} images/s.",
             "The start of workers is not counted; all candidates agree in shape, type, range and mean grey value.",
         ],
         arguments=arguments,

@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 from modan_fast import __version__, config
-from shard_builder.build import BuildOptions
+from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError, Report
 
 app = typer.Typer(
@@ -191,7 +191,7 @@ def modan_fast(
 ) -> None:
     """Pretrain medical-image encoders from modality and anatomy, and judge them as the paper does.
 
-    The way: modan-fast shard ARCHIVE, then modan-fast pretrain, then modan-fast evaluate.
+    The way: modan-fast shard ARCHIVE, then modan-fast pretrain, modan-fast evaluate, modan-fast report RESULTS.
     """
     show_messages()
 
@@ -199,29 +199,91 @@ def modan_fast(
 @app.command()
 @options_of(BuildOptions)
 def shard(
-    source: Annotated[Path, typer.Argument(help="Image archive: MODALITY/anatomy/class/*.png, or RadImageNet.")],
+    source: Annotated[Path, typer.Argument(help="Folder of images or DICOM files, CSV file, or DICOMDIR.")],
     given: dict[str, Any],
     out: Annotated[Path, typer.Option(help="Folder to write the shard set to.")] = Path("shards"),
     overwrite: Overwrite = False,
 ) -> None:
     """Pack an archive of images and their labels into WebDataset tar shards.
 
-    Reads RadImageNet as shipped, or any tree of MODALITY/anatomy/class folders. Takes at most 100 images a
-    class unless --per-class says otherwise (0 for all).
+    SOURCE may be a folder of MODALITY/anatomy/class/*.png or .jpg, or RadImageNet as shipped: labels come from the
+    folders' names.
+
+    Or a CSV file with a column path (or filename) and columns with labels, such as modality and anatomy: paths count
+    from the file's own folder. To name another one: shard FOLDER --table FILE.csv. A column class names the class,
+    else it is the joined labels; a column patient is not read. RadImageNet's RadiologyAI_train.csv needs no columns
+    with labels: without them, the paths tell, as folders do.
+
+    Or a folder of DICOM files, or a DICOMDIR: labels come from Modality and BodyPartExamined. Nothing else of a
+    header is written, nor the files' names; burned-in text is not removed.
+
+    Takes at most 100 images a class unless --per-class says otherwise (0 for all).
     """
     from shard_builder.build import build
+    from shard_builder.inspect import kinds
+    from shard_builder.pseudonym import key_beside
 
-    with progress() as report:
-        result = build(source, out, BuildOptions(**given), overwrite=overwrite, report=report)
+    try:
+        with progress() as report:
+            result = build(source, out, BuildOptions(**given), overwrite=overwrite, report=report)
+    except KeyboardInterrupt:
+        print("modan-fast: stopped; the same command continues with what is done", file=sys.stderr)
+        raise
     manifest = result.manifest
     vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
     what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
     kept = "" if result.built else " (was there already, with these options, and is left as it is)"
     print(f"{out}: {what}; labels: {vocabulary}{kept}")
+    found = manifest.options["source"]
+    for name, count in found.get("missing", {}).items():
+        print(f"no value of {name}: {count:,} of {found['images']:,} images")
+    for name, count in found.get("unknown", {}).items():
+        print(f"unknown value of {name}: {count:,} DICOM files; --map names it")
+    if found.get("names") == "hashed":
+        key = given.get("key") or key_beside(out)
+        print(f"names are hashed with {key}: keep it apart from the set")
     for rejected in manifest.rejected[:10]:
         print(f"left out: {rejected.source}: {rejected.reason}")
-    if len(manifest.rejected) > 10:
-        print(f"left out: {len(manifest.rejected) - 10} more, listed in {out / 'manifest.json'}")
+    if left := len(manifest.rejected):
+        reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds(manifest.rejected).items())
+        print(f"left out in all: {left:,} ({reasons}), see {out / 'report.html'}")
+    if result.lost:
+        print(f"{result.lost:,} of them because the workers died: --overwrite tries again")
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    shards: Annotated[Path, typer.Argument(help="Folder of the shard set.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
+) -> None:
+    """Check a shard set byte by byte: checksums, indices, labels, and that every image decodes."""
+    from shard_builder.verify import verify as check
+
+    with progress() as report:
+        found = check(shards, workers=workers, report=report)
+    if found.damage:
+        bad = f" ({len(found.damage)} bad of {found.shards} shards)" if len(found.damage) > 1 else ""
+        print(f"{shards}: damaged: {found.damage[0]}{bad}")
+        raise typer.Exit(1)
+    print(f"{shards}: whole: {found.samples:,} images in {found.shards} shards, {found.bytes / 2**20:,.1f} MiB")
+
+
+@app.command("inspect")
+def inspect_shards(
+    shards: Annotated[Path, typer.Argument(help="Folder of the shard set.")],
+    sheet: Annotated[Path | None, typer.Option(help="PNG file to write a contact sheet to.")] = None,
+) -> None:
+    """Tell what a shard set holds: images, labels, classes, and what was left out and why."""
+    from shard_builder.inspect import describe, read_contents
+    from shard_builder.sheet import strips, write_sheet
+
+    with progress() as report:
+        contents = read_contents(shards, report)
+    print(describe(contents))
+    if sheet:
+        write_sheet(sheet, list(strips(contents)))
+        print(f"\n{sheet}: images of each modality and anatomy")
 
 
 @app.command()
@@ -230,6 +292,9 @@ def pretrain(
     given: dict[str, Any],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run, with its own settings.")] = False,
     overwrite: Overwrite = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Only time some steps, stage by stage; nothing is written.")
+    ] = False,
 ) -> None:
     """Train an encoder on a shard set.
 
@@ -239,6 +304,9 @@ def pretrain(
     from modan_fast import checkpoint
     from modan_fast.pretrain import pretrain as train
 
+    if profile:
+        print_profile(config.pretrain_config(given))
+        return
     settings = config.pretrain_config({} if resume else given)
     if resume:
         settings = checkpoint.resumed_config(config.pretrain_config(given).run, given)
@@ -253,13 +321,31 @@ def pretrain(
     print(f"{run / 'encoder.safetensors'}: epoch {checkpoint.finished_epochs(run)}")
 
 
+def print_profile(settings: config.PretrainConfig) -> None:
+    """Time a run's steps, and print where their time goes."""
+    from modan_fast.profile import COMPUTE, profile
+
+    with progress() as report:
+        found = profile(settings, report)
+    table = Table("stage", "ms, alone", "of a step", "runs", title=f"a step of {settings.batch_size} images")
+    for stage, seconds in found.stages.items():
+        where = "in the step" if stage in COMPUTE else "in the background"
+        table.add_row(stage, f"{1000 * seconds:.1f}", f"{seconds / found.step:.0%}", where)
+    table.add_row(
+        "wait", f"{1000 * found.waits * found.step:.1f}", f"{found.waits:.0%}", "in the step", end_section=True
+    )
+    table.add_row("a step in training", f"{1000 * found.step:.1f}", "100%")
+    Console().print(table)
+    print(found.verdict)
+
+
 @app.command()
 @options_of(config.EvaluateConfig)
 def evaluate(given: dict[str, Any]) -> None:
     """Fine-tune and probe encoders on a downstream task, and print their AUCs.
 
-    The task is a folder with images and the fold files that RadImageNet publishes. Stopped, the same command
-    continues where it was.
+    The task is a folder with images and the fold files that RadImageNet publishes, or of two class folders.
+    Stopped, the same command continues where it was.
     """
     from modan_fast.downstream.evaluate import evaluate as judge
     from modan_fast.downstream.statistics import auc_table
@@ -270,11 +356,30 @@ def evaluate(given: dict[str, Any]) -> None:
     print_aucs(settings.out, auc_table(settings.out / "predictions.csv"))
 
 
+@app.command()
+@options_of(config.ReportConfig)
+def report(
+    results: Annotated[Path, typer.Argument(help="Results folder, as `modan-fast evaluate` writes it.")],
+    given: dict[str, Any],
+) -> None:
+    """Write the paper's tables and figures for a results folder, as files and as one HTML page.
+
+    Tables 4 and 5 come with the paper's own figures beside them, as Markdown, CSV and LaTeX. report.html holds
+    everything and needs no other file.
+    """
+    from modan_fast.report.page import write_report
+
+    with progress() as draw:
+        page = write_report(results, config.ReportConfig(**given), draw)
+    print(f"{page}: tables and figures lie beside it in {page.parent / 'tables'} and {page.parent / 'figures'}")
+
+
 def print_aucs(results: Path, rows: Iterable[Any]) -> None:
     """Print the AUC table of a results folder; what cannot be computed is a dash."""
-    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "±", title=str(results))
+    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI", title=str(results))
     for row in rows:
-        numbers = ("–" if value is None else f"{value:.3f}" for value in (row.mean, row.std))
+        interval = "–" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
+        numbers = ("–" if row.mean is None else f"{row.mean:.3f}", interval)
         table.add_row(row.task, row.recipe, row.protocol, row.init, str(row.repeats), *numbers)
     Console().print(table)
 

@@ -21,8 +21,9 @@ from modan_fast.pretrain import pretrain
 from modan_fast.render import render_view
 from modan_fast.report.figures import contact_sheet, embedding
 from modan_fast.shards import open_shards
-from modan_fast.store import open_store
-from shard_builder.build import BuildOptions, build
+from modan_fast.store import read_all
+from shard_builder.build import build
+from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError, Report, silent
 
 # Sizes that two CPU cores finish within three minutes.
@@ -69,7 +70,7 @@ def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made
     if not made.task.exists():
         phantom_task(made.task, images=TASK_IMAGES, size=96, report=report)
     build(made.archive, made.shards, BuildOptions(size=SIZE), report=report)
-    settings = replace(config.pretrain_config(PRETRAINING), shards=made.shards, out=made.run)
+    settings = replace(config.pretrain_config(PRETRAINING), shards=str(made.shards), out=made.run)
     pretrain(settings, resume=(made.run / "checkpoint.pt").exists(), report=report)
     judged = config.EvaluateConfig(
         task=made.task, init=(str(made.run), "scratch"), out=made.results, **EVALUATION
@@ -121,6 +122,6 @@ def draw_embedding(path: Path, pixels: torch.Tensor, names: list[str], run: Path
 def _pixels_and_names(shards: Path) -> tuple[torch.Tensor, list[str]]:
     """The pixels of a shard set, and the modality and anatomy of each sample."""
     opened = open_shards(shards)
-    store = open_store(opened, tier="host", renderer="torch", device=torch.device("cpu"), threads=1)
+    store = read_all(opened, renderer="torch", device=torch.device("cpu"), threads=1)
     bits = [name.partition("=")[2] for name in opened.manifest.labels]
     return store.pixels, [" ".join(bits[bit] for bit in row.nonzero()[:, 0].tolist()) for row in store.labels]

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
+import pydicom
 import pytest
 import safetensors.torch
 import torch
@@ -13,6 +15,7 @@ import torchvision
 
 from modan_fast import cli
 from modan_fast.checkpoint import load_encoder
+from shard_builder import image
 from shard_builder.settings import InputError
 
 
@@ -68,7 +71,7 @@ def test_the_path_from_an_archive_to_an_encoder(run, archive, tmp_path):
     code, printed, said = run("pretrain", "--shards", tmp_path / "shards", "--out", tmp_path / "run", *SMALL)
     assert code == 0
     assert "encoder.safetensors: epoch 1" in printed
-    assert re.search(r"pretraining 4/4, .* epoch 1/1  loss \d\.\d+  \d+ images/s  waiting \d+%", said)
+    assert re.search(r"pretraining 4/4, .* epoch 1/1  loss \d\.\d+  \d+ views/s  waiting \d+%", said)
     assert run("pretrain", "--resume", "--out", tmp_path / "run")[0] == 0
 
 
@@ -79,6 +82,94 @@ def test_a_missing_or_empty_source_is_named(refused, tmp_path):
     assert "empty" in said
     assert "MODALITY/anatomy/class" in said
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_set_is_verified_by_its_exit_code_and_inspected(run, refused, shards, tmp_path):
+    code, printed, _ = run("verify", shards, "--workers", 1)
+    assert (code, printed.count("\n")) == (0, 1)
+    assert "whole: 48 images in 3 shards" in printed
+    code, printed, _ = run("inspect", shards, "--sheet", tmp_path / "sheet.png")
+    assert code == 0
+    assert re.search(r"modality \(3\)\n  CT +24\n", printed)
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    damaged = shutil.copytree(shards, tmp_path / "damaged")
+    content = bytearray((damaged / "shard-000001.tar").read_bytes())
+    content[600] ^= 1
+    (damaged / "shard-000001.tar").write_bytes(content)
+    code, printed, _ = run("verify", damaged, "--workers", 1)
+    assert (code, printed.count("\n")) == (1, 1)
+    assert "shard-000001.tar: 00000020.png: damaged: the checksum of its IDAT chunk is wrong" in printed
+    assert "no shard set at" in refused("verify", tmp_path / "nowhere")
+    assert "no shard set at" in refused("inspect", tmp_path / "nowhere")
+
+
+def test_images_that_the_workers_died_of_are_told_by_the_exit_code(run, monkeypatch, archive, tmp_path):
+    def deadly(path, read=image.read):
+        if path.name == "007.png":
+            raise MemoryError
+        return read(path)
+
+    monkeypatch.setattr(image, "read", deadly)
+    code, printed, _ = run("shard", archive, "--out", tmp_path / "shards", "--workers", 1)
+    assert code == 1
+    assert "44 images of 4 classes" in printed
+    assert "left out: CT/abd/mass/007.png: the worker died three times while packing it" in printed
+    assert "4 of them because the workers died" in printed
+
+
+def test_a_table_with_more_fields_goes_all_the_way_to_an_encoder(run, archive, tmp_path):
+    table, rows = tmp_path / "images.csv", ["path,modality,anatomy,view,patient"]
+    for number, path in enumerate(sorted(archive.rglob("*.png"))):
+        parts = path.relative_to(archive).parts
+        rows.append(f"{'/'.join(parts)},{parts[0]},{parts[1] if number % 5 else ''},{'AL'[number % 2]},Jane Doe")
+    table.write_text("\n".join(rows))
+    here = ("shard", archive, "--out", tmp_path / "shards", "--size", 48, "--workers", 1, "--table", table)
+    code, printed, _ = run(*here, "--fields", "modality,anatomy,view")
+    assert code == 0
+    assert "labels: 3 of modality, 4 of anatomy, 2 of view" in printed
+    assert "no value of anatomy: 10 of 48 images" in printed
+    code, _, said = run("pretrain", "--shards", tmp_path / "shards", "--out", tmp_path / "run", *SMALL)
+    assert code == 0, said
+
+
+def test_what_is_not_known_of_dicom_files_is_counted_and_their_key_is_named(run, tmp_path):
+    folder = Path(pydicom.data.get_testdata_file("MR_small.dcm")).parent
+    (tmp_path / "in").mkdir()
+    header = pydicom.dcmread(folder / "MR_small.dcm")
+    for name, part in (("a", "BRAIN"), ("b", "SOFT PARTS"), ("c", "")):
+        header.BodyPartExamined = part
+        header.save_as(tmp_path / "in" / name)
+    code, printed, _ = run(
+        "shard", tmp_path / "in", "--out", tmp_path / "shards", "--workers", 1, "--duplicates", "keep"
+    )
+    assert code == 0
+    assert "3 images of 2 classes in 1 shards; labels: 1 of modality, 1 of anatomy" in printed
+    assert "no value of anatomy: 2 of 3 images" in printed
+    assert "unknown value of anatomy: 1 DICOM files; --map names it" in printed
+    assert f"names are hashed with {tmp_path / 'shards.key'}: keep it apart from the set" in printed
+
+
+def test_sources_and_tables_that_cannot_be_used_are_one_line(run, refused, archive, tmp_path):
+    out = ("--out", tmp_path / "shards")
+    table = tmp_path / "t.csv"
+    table.write_text("path,modality\nCT/lung/Nodule/000.png,CT\nnowhere.png,CT\n")
+    assert "t.csv, row 3: its image, nowhere.png, is not in" in refused("shard", archive, "--table", table, *out)
+    assert "t.csv, row 2: its image" in refused("shard", table, *out)
+    assert "has no such field" in refused("shard", archive, "--table", table, "--fields", "view", *out)
+    assert "none.csv cannot be read" in refused("shard", archive, "--table", tmp_path / "none.csv", *out)
+    assert "none.csv does not exist" in refused("shard", tmp_path / "none.csv", *out)
+    assert "is no folder: name the one that holds the images" in refused(
+        "shard", "nowhere", "--table", table, *out
+    )
+    assert "t.csv, row 1: its columns must be field,from,to" in refused("shard", archive, "--map", table, *out)
+    assert "--require view: it is none of" in refused("shard", archive, "--require", "view", *out)
+    assert "--fields view: " in refused("shard", archive, "--fields", "view", *out)
+    assert "--frames must be at least 1" in refused("shard", archive, "--frames", 0, *out)
+    image = archive / "CT/lung/Nodule/000.png"
+    assert "000.png is no folder: expected" in refused("shard", image, *out)
+    code, printed, _ = run("shard", archive, "--table", table, "--skip-missing", "--size", 8, *out)
+    assert code == 0
+    assert "left out: nowhere.png: not in the folder of the images" in printed
 
 
 def test_missing_damaged_and_foreign_shards_are_told_apart(refused, shards, tmp_path):
@@ -112,6 +203,15 @@ def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
     assert "--bach-size" in refused(*here, "--bach-size", 8)
     assert "No such command" in refused("pretrian")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_is_a_table_of_stages_and_a_sentence(run, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = run("pretrain", "--shards", shards, *SMALL, "--profile")
+    assert code == 0
+    for word in ("render", "backward", "wait", "limits the speed"):
+        assert word in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_another_architecture_are_named(refused, tmp_path, shards):
@@ -157,7 +257,9 @@ def test_debug_shows_where_an_error_arose(monkeypatch, tmp_path):
         cli.main()
 
 
-@pytest.mark.parametrize("command", ["shard", "pretrain", "evaluate", "demo", "phantom", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["shard", "verify", "inspect", "pretrain", "evaluate", "report", "demo", "phantom", "doctor"]
+)
 def test_the_help_explains_every_option(run, command):
     code, printed, _ = run(command, "--help")
     assert code == 0

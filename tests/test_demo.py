@@ -1,12 +1,16 @@
 """The demo goes the whole way and can be repeated."""
 
+import json
+
 import pytest
 from PIL import Image
 
 from modan_fast import demo as module
 from modan_fast.checkpoint import finished_epochs
+from modan_fast.config import ReportConfig
 from modan_fast.demo import demo
 from modan_fast.downstream.statistics import auc_table
+from modan_fast.report.page import write_report
 from shard_builder.settings import InputError
 
 
@@ -26,6 +30,10 @@ def test_the_demo_leaves_every_part_and_continues_where_it_was(tmp_path, monkeyp
     }
     for picture in (made.contact_sheet, made.embedding):
         assert min(Image.open(picture).size) > 300
+    page = write_report(made.results, ReportConfig(samples=0)).read_text(encoding="utf-8")
+    speeds = [json.loads(line)["views_per_second"] for line in (made.run / "log.jsonl").read_text().splitlines()]
+    assert f"{sorted(speeds)[len(speeds) // 2]:,.0f} views" in page
+    assert (made.results / "figures" / "pretraining-speed.svg").exists()
     before = {
         path: path.stat().st_mtime_ns for path in (made.run, made.results / "predictions.csv", made.archive)
     }
