@@ -15,6 +15,7 @@ from shard_builder.build import build
 from shard_builder.duplicates import same_pixels, set_aside
 from shard_builder.options import BuildOptions
 from shard_builder.pack import ROW, digest
+from shard_builder.pseudonym import pseudonym
 from shard_builder.scan import Entry
 
 SMALL = {"size": 24, "workers": 1, "samples_per_shard": 20}
@@ -106,9 +107,19 @@ def test_duplicates_are_looked_for_after_each_class_was_sampled(doubled, tmp_pat
 numbers = st.lists(st.integers(0, 5), max_size=12)
 
 
-@given(numbers, st.lists(st.sampled_from(["a", "b"]), min_size=12, max_size=12), st.permutations(range(12)))
-def test_the_choice_equals_that_of_a_loop_over_all_pairs_in_any_order(pixels, classes, order):
-    entries = [Entry(f"{number:02}.png", {"modality": classes[number]}, classes[number]) for number in range(12)]
+labels = st.lists(st.sampled_from(["a", "b"]), min_size=12, max_size=12)
+
+
+@given(numbers, labels, st.permutations(range(12)), st.sampled_from([None, b"one key", b"another key"]))
+def test_the_choice_equals_that_of_a_loop_over_all_pairs_in_any_order_and_under_any_key(
+    pixels, classes, order, key
+):
+    paths = [f"{number:02}" for number in range(12)]
+    names = [path if key is None else pseudonym(key, path) for path in paths]
+    entries = [
+        Entry(name, {"modality": value}, value, path)
+        for name, value, path in zip(names, classes, paths, strict=True)
+    ]
     order = [number for number in order if number < len(pixels)]
     chosen, rows = [entries[number] for number in order], np.zeros(len(order), ROW)
     for place, number in enumerate(order):
@@ -128,7 +139,7 @@ def test_the_choice_equals_that_of_a_loop_over_all_pairs_in_any_order(pixels, cl
             else:
                 continue
             kind = "duplicate" if classes[named] == classes[number] else "label conflict"
-            expected[f"{number:02}.png"] = f"{kind}: the same pixels as {named:02}.png"
+            expected[names[number]] = f"{kind}: the same pixels as {names[named]}"
         found = set_aside(groups, chosen, how)
         assert {chosen[place].source: reason for place, reason in found.items()} == expected
     assert Counter(len(group) for group in groups) == Counter(

@@ -121,20 +121,19 @@ def cluster(tmp_path_factory, killer):
     pytest.importorskip("distributed", reason="Dask is not installed")
     folder = tmp_path_factory.mktemp("dask")
     file = folder / "scheduler.json"
-    common = [sys.executable, "-m", "distributed.cli"]
-    commands = [[*common[:2], "distributed.cli.dask_scheduler", "--port", "0", "--no-dashboard"]]
-    commands += [[*common[:2], "distributed.cli.dask_worker", "--nthreads", "1", "--no-dashboard"]] * 2
+    here = ["--host", "127.0.0.1", "--no-dashboard"]
+    commands = [["dask_scheduler", "--port", "0", *here], *[["dask_worker", "--nthreads", "1", *here]] * 2]
     # A worker's first death counts, and not its fourth, so that the tests are short.
     environment = os.environ | killer(folder, DIE) | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
     running = [
         subprocess.Popen(
-            [*command, "--scheduler-file", str(file)],
+            [sys.executable, "-m", f"distributed.cli.{command}", *arguments, "--scheduler-file", str(file)],
             cwd=folder,
             env=environment,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        for command in commands
+        for command, *arguments in commands
     ]
     try:
         from distributed import Client

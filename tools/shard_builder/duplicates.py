@@ -14,7 +14,7 @@ Duplicates = Literal["keep", "first", "drop"]
 
 
 def same_pixels(rows: NDArray[np.void], chosen: Sequence[Entry]) -> list[list[int]]:
-    """The numbers of images that are the same, group by group; within and among groups sorted by source.
+    """The numbers of images that are the same, group by group; a group is sorted by path, the groups by source.
 
     `rows` (N,) are `pack.ROW`: images are the same if the digests of their original grey pixels are, whatever
     their files' bytes; rejected ones are the same as none.
@@ -26,7 +26,8 @@ def same_pixels(rows: NDArray[np.void], chosen: Sequence[Entry]) -> list[list[in
     stops = np.append(starts[1:], len(numbers))
     several = stops - starts > 1
     groups = [
-        sorted(numbers[start:stop].tolist(), key=lambda number: chosen[number].source)
+        # By path, also where the source is a hash of it: which copy stays must not hang on a key.
+        sorted(numbers[start:stop].tolist(), key=lambda number: (chosen[number].file, chosen[number].frame or 0))
         for start, stop in zip(starts[several], stops[several], strict=True)
     ]
     return sorted(groups, key=lambda group: chosen[group[0]].source)
@@ -35,7 +36,7 @@ def same_pixels(rows: NDArray[np.void], chosen: Sequence[Entry]) -> list[list[in
 def set_aside(groups: Iterable[Sequence[int]], chosen: Sequence[Entry], how: Duplicates) -> dict[int, str]:
     """Which of the `groups` of equal images are left out, by number, and why.
 
-    `keep`: none; `first`: all but the first by source; `drop`: all. A reason begins with `duplicate`, or with
+    `keep`: none; `first`: all but the first by path; `drop`: all. A reason begins with `duplicate`, or with
     `label conflict` if the labels differ from those of the copy that it names: the one that stays, or with `drop`
     any, one of other labels if there is one.
     """

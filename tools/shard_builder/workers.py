@@ -130,6 +130,33 @@ class Here(Executor):
         return future
 
 
+class Cluster(Executor):
+    """The workers of a Dask cluster.
+
+    Dask's own executor takes a result for an error if its worker dies between making it and handing it over; here
+    the cluster makes it again.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def submit(self, work: Callable[..., Result], /, *arguments: Any, **named: Any) -> Future[Result]:
+        # Not pure: a task that killed its worker would be remembered, and never tried again.
+        made = self._client.submit(work, *arguments, pure=False, **named)
+        future: Future[Result] = Future()
+
+        async def settle() -> None:
+            try:
+                result = await made
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._client.loop.add_callback(settle)
+        return future
+
+
 @contextmanager
 def workers_of(count: int, dask: str | None = None, executor: Executor | None = None) -> Iterator[Workers]:
     """Workers for a build: `count` processes of this machine, or none beside this one where `count` is 1.
@@ -162,9 +189,7 @@ def _dask(address: str) -> Iterator[Workers]:
             raise InputError(
                 f"the scheduler at {address} has no workers: start some with `dask worker {address}`"
             )
-        # Not pure: a task that killed its worker would be remembered, and never tried again.
-        executor = client.get_executor(pure=False)
-        yield Workers(threads, lambda: executor, (BrokenExecutor, KilledWorker))
+        yield Workers(threads, lambda: Cluster(client), (BrokenExecutor, KilledWorker))
 
 
 def _processes(count: int) -> Executor:
