@@ -40,7 +40,7 @@ from shard_builder.settings import usable_cores
 
 AUGMENTATION = Augmentation()
 CLASSES = ("CT/lung/Nodule", "CT/abd/liver_lesion", "MR/brain/edema", "MR/knee/normal", "US/abd/liver")
-BASELINES = ("pillow-0", "pillow", "webdataset", "tensors", "dali-tars")
+BASELINES = ("pillow-0", "pillow", "pillow-rgb", "webdataset", "tensors", "dali-tars")
 NAMES = (*BASELINES, "stream", "dali", "torch")
 
 
@@ -89,6 +89,16 @@ def read_file(paths: list[Path], index: int) -> Image.Image:
 
 def read_member(sample: tuple[bytes]) -> Image.Image:
     return Image.open(io.BytesIO(sample[0])).convert("L")
+
+
+def as_shipped(files: list[Path], folder: Path) -> list[Path]:
+    """The images as most of RadImageNet's are shipped: PNG of three equal channels."""
+    folder.mkdir()
+    copies = []
+    for number, path in enumerate(files):
+        copies.append(folder / f"{number:06}.png")
+        Image.open(path).convert("RGB").save(copies[-1])
+    return copies
 
 
 def augmented(library: Any, size: int, *last: Any, published: bool = False) -> Any:
@@ -240,13 +250,15 @@ def tars_of(shards: ShardSet) -> list[Path]:
 
 
 def candidates_of(
-    arguments: Any, files: list[Path], shards: ShardSet, store: Memory, device: torch.device
+    arguments: Any, files: list[Path], shards: ShardSet, store: Memory, device: torch.device, scratch: Path
 ) -> dict[str, Candidate]:
-    """All candidates by their short names."""
+    """The candidates that `arguments` name, by their short names."""
     size, batch_size, cores = arguments.size, arguments.batch_size, usable_cores()
     on_images = augmented(transforms, size, transforms.ToTensor())
     on_tensors = augmented(v2, size, v2.ToDtype(torch.float32, scale=True))
     from_files = TwoViews(partial(read_file, files), on_images)
+    coloured = as_shipped(files, scratch / "rgb") if "pillow-rgb" in arguments.only else []
+    from_coloured = TwoViews(partial(read_file, coloured), on_images)
     from_memory = TwoViews(store.pixels.cpu()[:, None].__getitem__, on_tensors)
     # Shards drawn at random without end: every worker is busy, however many there are.
     members = webdataset.WebDataset([str(path) for path in tars_of(shards)], resampled=True, shardshuffle=False)
@@ -260,6 +272,9 @@ def candidates_of(
     candidates = {
         "pillow-0": Candidate("Pillow + torchvision, 0 workers", torch_loader(from_files, len(files), 0)),
         "pillow": Candidate(f"Pillow + torchvision, {many}", torch_loader(from_files, len(files), cores), cores),
+        "pillow-rgb": Candidate(
+            f"Pillow + torchvision, {many}, RGB files", torch_loader(from_coloured, len(files), cores), cores
+        ),
         "webdataset": Candidate(f"webdataset + Pillow, {many}", torch_loader(from_tars, None, cores), cores),
         "tensors": Candidate(
             f"torchvision v2 on tensors, {many}", torch_loader(from_memory, len(store.pixels), cores), cores
@@ -339,7 +354,7 @@ def main() -> None:
         )
         synchronise(device)
         filling = time.perf_counter() - start
-        candidates = candidates_of(arguments, files, shards, store, device)
+        candidates = candidates_of(arguments, files, shards, store, device, Path(scratch))
         check(candidates, arguments.batch_size, arguments.size)
         measured = in_turn(
             {
@@ -366,7 +381,8 @@ def main() -> None:
         ratios=ratios,
         notes=[
             f"Two views of {arguments.size} px of each image, batches of {arguments.batch_size}; {len(files):,} grey "
-            f"PNG files of {kilobytes:.1f} kB on average, in the page cache.",
+            f"PNG files of {kilobytes:.1f} kB on average, in the page cache; `RGB files` are the same with three equal "
+            "channels, as most of RadImageNet's are shipped.",
             f"Filling the store, once and not counted: {filling:.2f} s, {len(store.pixels) / filling:,.0f} images/s.",
             "The start of workers is not counted; all candidates agree in shape, type, range and mean grey value.",
         ],

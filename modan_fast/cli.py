@@ -204,7 +204,9 @@ def shard(
     out: Annotated[Path, typer.Option(help="Folder to write the shard set to.")] = Path("shards"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Pack an archive of images and their labels into WebDataset tar shards.
+    """Pack an archive of images and labels into shards.
+
+    Shards are tar files as the WebDataset library reads them.
 
     SOURCE may be a folder of MODALITY/anatomy/class/*.png or .jpg, or RadImageNet as shipped: labels come from the
     folders' names.
@@ -257,7 +259,10 @@ def verify(
     shards: Annotated[Path, typer.Argument(help="Folder of the shard set.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
 ) -> None:
-    """Check a shard set byte by byte: checksums, indices, labels, and that every image decodes."""
+    """Check a shard set byte by byte.
+
+    Its checksums, indices and labels, and that every image decodes.
+    """
     from shard_builder.verify import verify as check
 
     with progress() as report:
@@ -274,7 +279,10 @@ def inspect_shards(
     shards: Annotated[Path, typer.Argument(help="Folder of the shard set.")],
     sheet: Annotated[Path | None, typer.Option(help="PNG file to write a contact sheet to.")] = None,
 ) -> None:
-    """Tell what a shard set holds: images, labels, classes, and what was left out and why."""
+    """Tell what a shard set holds.
+
+    Its images, labels and classes, and what was left out and why.
+    """
     from shard_builder.inspect import describe, read_contents
     from shard_builder.sheet import strips, write_sheet
 
@@ -342,9 +350,9 @@ def print_profile(settings: config.PretrainConfig) -> None:
 @app.command()
 @options_of(config.EvaluateConfig)
 def evaluate(given: dict[str, Any]) -> None:
-    """Fine-tune and probe encoders on a downstream task, and print their AUCs.
+    """Judge encoders on a downstream task.
 
-    The task is a folder with images and the fold files that RadImageNet publishes, or of two class folders.
+    Fine-tunes and probes them, and prints their AUCs. The task is a folder with images and the fold files that RadImageNet publishes, or of two class folders.
     Stopped, the same command continues where it was.
     """
     from modan_fast.downstream.evaluate import evaluate as judge
@@ -362,9 +370,9 @@ def report(
     results: Annotated[Path, typer.Argument(help="Results folder, as `modan-fast evaluate` writes it.")],
     given: dict[str, Any],
 ) -> None:
-    """Write the paper's tables and figures for a results folder, as files and as one HTML page.
+    """Write the paper's tables and figures.
 
-    Tables 4 and 5 come with the paper's own figures beside them, as Markdown, CSV and LaTeX. report.html holds
+    From a results folder, as files and as one HTML page. Tables 4 and 5 come with the paper's own figures beside them, as Markdown, CSV and LaTeX. report.html holds
     everything and needs no other file.
     """
     from modan_fast.report.page import write_report
@@ -389,7 +397,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write everything to.")] = Path("demo"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Go the whole way in miniature, on synthetic images: three minutes on a laptop.
+    """Go the whole way in miniature, in three minutes.
 
     Makes an archive of synthetic CT, MR and ultrasound images, shards it, pretrains on it, and judges the encoder
     beside an untrained one on a synthetic lesion task.
@@ -424,7 +432,10 @@ def phantom(
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
 ) -> None:
-    """Make a synthetic archive in the shape of RadImageNet, for trials and benchmarks."""
+    """Make a synthetic archive, for trials.
+
+    It has the shape of RadImageNet: its folders, modalities and regions, with drawn images.
+    """
     from modan_fast.phantom import phantom_archive
 
     with progress() as report:
@@ -434,7 +445,10 @@ def phantom(
 
 @app.command()
 def doctor() -> None:
-    """Tell what this machine offers, and what modan-fast will therefore do."""
+    """Tell what this machine offers.
+
+    And what modan-fast will therefore do.
+    """
     from modan_fast.machine import examine, unusable_gpu
 
     found, follows = examine()
