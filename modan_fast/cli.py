@@ -352,8 +352,8 @@ def print_profile(settings: config.PretrainConfig) -> None:
 def evaluate(given: dict[str, Any]) -> None:
     """Judge encoders on a downstream task.
 
-    Fine-tunes and probes them, and prints their AUCs. The task is a folder with images and the fold files that RadImageNet publishes, or of two class folders.
-    Stopped, the same command continues where it was.
+    Fine-tunes and probes them, and prints their AUCs. The task is a folder with images and the fold files that
+    RadImageNet publishes, or of two class folders. Stopped, the same command continues where it was.
     """
     from modan_fast.downstream.evaluate import evaluate as judge
     from modan_fast.downstream.statistics import auc_table
@@ -372,8 +372,8 @@ def report(
 ) -> None:
     """Write the paper's tables and figures.
 
-    From a results folder, as files and as one HTML page. Tables 4 and 5 come with the paper's own figures beside them, as Markdown, CSV and LaTeX. report.html holds
-    everything and needs no other file.
+    From a results folder, as files and as one HTML page. Tables 4 and 5 come with the paper's own figures beside
+    them, as Markdown, CSV and LaTeX. report.html holds everything and needs no other file.
     """
     from modan_fast.report.page import write_report
 

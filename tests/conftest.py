@@ -10,10 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from shard_builder.build import build
 from shard_builder.options import BuildOptions
+
+# How long an example takes is the machine's affair.
+settings.register_profile("unhurried", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+settings.load_profile("unhurried")
 
 TREE = ("CT/lung/Nodule", "CT/abd/mass", "MR/brain/glioma", "US/liver")
 

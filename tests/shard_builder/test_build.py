@@ -245,6 +245,15 @@ def test_an_empty_folder_or_a_link_to_one_may_be_the_output(tree, tmp_path):
     assert (tmp_path / "real" / "manifest.json").exists()
 
 
+def test_a_mount_point_is_refused_before_any_work(tree, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    out.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == out)
+    with pytest.raises(InputError, match="is a mount point, which no folder can replace: name one within it"):
+        build(tree, out, BuildOptions(**SMALL))
+    assert not list(out.iterdir())
+
+
 # Builds that do not come to their end.
 
 

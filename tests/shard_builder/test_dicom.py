@@ -1,5 +1,6 @@
 """DICOM files: their labels, their grey values against arithmetic, and those that cannot be packed."""
 
+import errno
 import hashlib
 import hmac
 import io
@@ -8,10 +9,12 @@ import random
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from shard_builder.build import build
 from shard_builder.image import ImageError, stretch
 from shard_builder.manifest import Manifest
 from shard_builder.options import BuildOptions
+from shard_builder.pseudonym import load_key
 from shard_builder.settings import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR:UserWarning")  # as some are meant
@@ -143,6 +147,7 @@ def test_a_flat_image_is_black_and_no_division_by_zero(tmp_path):
 def test_eight_bits_without_a_window_stay_as_they_are(tmp_path):
     pixels = (RAMP // 32).astype(np.uint8)
     assert np.array_equal(shown(tmp_path, pixels), pixels)
+    assert np.array_equal(shown(tmp_path, pixels, RescaleSlope=1, RescaleIntercept=0), pixels)
 
 
 def test_monochrome1_is_inverted(tmp_path):
@@ -251,17 +256,48 @@ def test_files_are_found_by_their_mark_whatever_their_name(tmp_path):
     ]
 
 
-def test_a_folder_is_what_most_of_its_files_are(tmp_path):
-    save(tmp_path / "CT/lung/x/stray.dcm")
-    for number in range(2):
-        Image.fromarray((RAMP // 16).astype(np.uint8)).save(tmp_path / f"CT/lung/x/{number}.png")
-    tree = build(tmp_path, tmp_path.parent / "tree", BuildOptions(**SMALL)).manifest
-    assert (tree.options["source"]["form"], tree.samples, tree.rejected) == ("tree", 2, [])
+def test_a_folder_is_what_most_of_its_files_are_and_many_of_either_are_refused(tmp_path):
+    source = tmp_path / "in"
+    save(source / "CT/lung/x/stray.dcm")
+    for number in range(12):
+        Image.fromarray((RAMP // 16).astype(np.uint8)).save(source / f"CT/lung/x/{number}.png")
+    tree = build(source, tmp_path / "tree", BuildOptions(**SMALL)).manifest
+    assert (tree.options["source"]["form"], tree.samples, tree.rejected) == ("tree", 12, [])
+    # Previews beside patients' files: the folders' names must not become labels.
+    save(source / "CT/lung/x/another")
+    with pytest.raises(InputError, match="holds DICOM files among its PNG or JPEG images: shard either"):
+        build(source, tmp_path / "mixed", BuildOptions(**SMALL))
+    # What a file is, its content says and not its name.
+    for number in range(6):
+        save(source / f"CT/lung/x/{number}.png")
+    files = build(source, tmp_path / "files", BuildOptions(**SMALL)).manifest
+    assert (files.options["source"]["form"], files.samples) == ("dicom", 8)
+    assert Counter(each.reason for each in files.rejected) == {"not a DICOM file": 6}
+
+
+def test_a_set_and_its_key_within_their_own_source_are_no_part_of_it(tmp_path, monkeypatch):
     for number in range(3):
-        save(tmp_path / f"CT/lung/x/{number}.dcm")
-    files = build(tmp_path, tmp_path.parent / "files", BuildOptions(**SMALL)).manifest
-    assert (files.options["source"]["form"], files.samples) == ("dicom", 4)
-    assert Counter(each.reason for each in files.rejected) == {"not a DICOM file": 2}
+        save(tmp_path / f"series/{number}", RAMP + number)
+    monkeypatch.chdir(tmp_path)
+    first = build(Path(), Path("shards"), BuildOptions(**SMALL)).manifest
+    assert (first.samples, first.rejected) == (3, [])
+    assert build(Path(), Path("shards"), BuildOptions(**SMALL), overwrite=True).manifest == first
+
+
+def test_a_key_within_the_set_is_refused_before_anything_is_written(tmp_path):
+    save(tmp_path / "in/x")
+    with pytest.raises(InputError, match="lies in .*set, which is replaced as a whole: keep it elsewhere"):
+        build(tmp_path / "in", tmp_path / "set", BuildOptions(**SMALL, key=tmp_path / "set/my.key"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_key_is_made_once_however_many_ask_for_it(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(20):
+            keys = set(pool.map(load_key, [tmp_path / f"{number}.key"] * 8))
+            assert len(keys) == 1
+    assert all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 20
 
 
 def test_a_dicomdir_names_the_files_that_are_packed(tmp_path):
@@ -489,6 +525,66 @@ def test_no_cut_or_flipped_file_does_anything_but_decode_or_give_a_reason(tmp_pa
 def test_a_header_that_declares_too_much_is_refused_before_any_pixel_is_read(tmp_path):
     save(tmp_path / "x", Rows=60000, Columns=60000)
     assert dicom.read_headers(tmp_path, ["x"]) == ["declares over 67,108,864 pixels"]
+
+
+def test_a_frame_that_says_it_is_larger_than_its_file_does_is_damaged_and_takes_no_memory(tmp_path):
+    folder = Path(pydicom.data.get_testdata_file("MR_small.dcm")).parent
+    places = {
+        "MR_small_jpeg_ls_lossless": (b"\xff\xf7", 5, ">HH"),
+        "MR_small_jp2klossless": (b"\xff\x4f\xff\x51", 8, ">II"),
+        "SC_rgb_jpeg_gdcm": (b"\xff\xc3", 5, ">HH"),
+    }
+    for name, (mark, distance, kind) in places.items():
+        data = bytearray((folder / f"{name}.dcm").read_bytes())
+        struct.pack_into(kind, data, data.index(mark, 1000) + distance, 60000, 60000)
+        (tmp_path / "x").write_bytes(data)
+        assert not isinstance(dicom.read_headers(tmp_path, ["x"])[0], str)
+        with pytest.raises(ImageError, match="damaged pixel data"):
+            dicom.decode(tmp_path / "x", 0)
+
+
+def test_a_lack_of_memory_or_an_unreadable_disk_never_passes_for_another_image(tmp_path, monkeypatch):
+    save(tmp_path / "x", WindowCenter=1000, WindowWidth=500, RescaleSlope=2, RescaleIntercept=1)
+
+    def raising(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    for name in ("apply_modality_lut", "apply_voi_lut", "pixel_array"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pydicom.pixels.{name}", raising(MemoryError()))
+            with pytest.raises(MemoryError):
+                dicom.decode(tmp_path / "x", 0)
+    unreadable = OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr("pydicom.pixels.pixel_array", raising(unreadable))
+        with pytest.raises(ImageError, match="cannot be read: Input/output error"):
+            dicom.decode(tmp_path / "x", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("pydicom.dcmread", raising(unreadable))
+        assert dicom.read_headers(tmp_path, ["x"]) == ["cannot be read: Input/output error"]
+        patch.setattr("pydicom.dcmread", raising(MemoryError()))
+        with pytest.raises(MemoryError):
+            dicom.read_headers(tmp_path, ["x"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("bits", [16, 32])
+def test_the_largest_frames_take_less_than_a_gibibyte(tmp_path, bits):
+    side = {16: 8192, 32: 2896}[bits]
+    save(tmp_path / "x", (np.arange(side**2, dtype=f"u{bits // 8}").reshape(side, side)), BitsStored=bits)
+    assert not isinstance(dicom.read_headers(tmp_path, ["x"])[0], str)
+    code = (
+        "import re, sys; from pathlib import Path; from shard_builder import dicom\n"
+        "print(dicom.decode(Path(sys.argv[1]), 0).mean())\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True, capture_output=True)
+    mean, peak = map(float, done.stdout.split())
+    assert 120 < mean < 135
+    assert peak < 2**20  # KiB
 
 
 def test_a_deflated_file_is_not_inflated_beyond_measure(tmp_path, monkeypatch):

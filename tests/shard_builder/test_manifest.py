@@ -98,7 +98,7 @@ def test_a_wrong_value_is_named_by_its_key(made, key, value):
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     key=st.sampled_from(
         ["format", "samples", "size", "codec", "fields", "classes", "shards", "rejected", "options"]

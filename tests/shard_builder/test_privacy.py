@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
@@ -16,6 +17,7 @@ from pydicom.datadict import DicomDictionary, tag_for_keyword
 from pydicom.uid import ExplicitVRLittleEndian
 
 from shard_builder.build import build
+from shard_builder.dicom import read_headers
 from shard_builder.options import BuildOptions
 
 MARKER, NUMBER = "ZQXMARK", "77333777"
@@ -184,6 +186,32 @@ def test_nor_do_warnings_and_logs(archive, tmp_path, caplog, capfd, recwarn):
     printed = capfd.readouterr()
     expect_no_trace(*(text.encode() for text in (caplog.text, printed.out, printed.err)))
     expect_no_trace(*(str(each.message).encode() for each in recwarn))
+
+
+def test_nor_do_threads_that_read_at_the_same_time(tmp_path, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    found, file = pydicom.dcmread(pydicom.data.get_testdata_file("MR_small.dcm")), io.BytesIO()
+    found.SpecificCharacterSet = "ISO_IR 100"
+    found.save_as(file)
+    # A character set that pydicom quotes in a warning.
+    data, known = file.getvalue(), element("SpecificCharacterSet", b"CS", b"ISO_IR 100")
+    assert known in data
+    for number in range(60):
+        odd = element("SpecificCharacterSet", b"CS", f"{MARKER}{number:03}".encode())
+        (tmp_path / f"in/{number}").parent.mkdir(exist_ok=True)
+        (tmp_path / f"in/{number}").write_bytes(data.replace(known, odd))
+    before = logging.root.manager.disable
+    with ThreadPoolExecutor(4) as pool, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            jobs = [
+                pool.submit(read_headers, tmp_path / "in", [str(number)], ("modality",)) for number in range(60)
+            ]
+            assert all(job.result()[0].values == {"modality": "MR"} for job in jobs)
+    assert logging.root.manager.disable == before
+    printed = capfd.readouterr()
+    expect_no_trace(*(text.encode() for text in (caplog.text, printed.out, printed.err)))
+    expect_no_trace(*(str(each.message).encode() for each in caught))
 
 
 def test_the_marker_is_where_a_careless_reader_would_find_it(archive):

@@ -186,6 +186,30 @@ def test_the_choice_of_a_seed_never_changes():
     ]
 
 
+def test_equal_file_names_are_drawn_and_stored_as_evenly_as_others():
+    found = [
+        Entry(f"patient{patient:02}/{view}.png", {}, "chest")
+        for patient in range(60)
+        for view in ("front", "side")
+    ]
+    draws = [[entry.source for entry in choose(found, per_class=40, seed=seed)] for seed in range(20)]
+    assert len({frozenset(draw) for draw in draws}) == 20
+    assert all(draw != sorted(draw) for draw in draws)
+    fronts = [sum(source.endswith("front.png") for source in draw) for draw in draws]
+    assert 10 < min(fronts) <= max(fronts) < 30  # 40 at random of 60 and 60
+    drawn = Counter(source.partition("/")[0] for draw in draws for source in draw)
+    assert len(drawn) == 60
+
+
+def test_images_of_other_types_are_listed_in_a_tree_and_other_files_ignored(tmp_path):
+    names = ("a.png", "b.BMP", "c.tif", "d.txt", "Thumbs.db")
+    found = scan_tree(touch(tmp_path, *(f"CT/lung/Nodule/{name}" for name in names)))
+    assert [entry.source for entry in found.entries] == ["CT/lung/Nodule/a.png"]
+    assert [(each.source, each.reason) for each in found.rejected] == [
+        (f"CT/lung/Nodule/{name}", "not a PNG or JPEG image: convert it") for name in ("b.BMP", "c.tif")
+    ]
+
+
 def test_classes_are_mixed_all_over_the_storage_order():
     # A large class and small ones: none may come first only because it had more to choose from.
     order = [entry.category for entry in choose(entries(a=5000, b=100, c=100), per_class=100, seed=0)]

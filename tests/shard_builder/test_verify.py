@@ -182,6 +182,11 @@ def test_a_wrong_index_is_named(made):
     assert verify(made, workers=1).damage == [
         "shard-000000.tar: 00000000.png: its index shard-000000.idx has another entry in its place"
     ]
+    first, rest = lines.split("\n", 2)[:2], lines.split("\n", 2)[2]
+    index.write_text("\n".join([first[0], first[1] + " png 99 5 evil.png", rest]))
+    assert verify(made, workers=1).damage == [
+        "shard-000000.tar: 00000000.json: its index shard-000000.idx has more entries after it"
+    ]
     index.write_text("v1.2 0\n")
     (line,) = verify(made, workers=1).damage
     assert line == "shard-000000.tar: its index shard-000000.idx has 0 samples, manifest.json 20"
@@ -189,13 +194,15 @@ def test_a_wrong_index_is_named(made):
     assert "its index shard-000000.idx is damaged" in verify(made, workers=1).damage[0]
 
 
-def test_all_bad_shards_are_told_in_order_and_so_is_a_tar_that_is_not_listed(made):
+def test_all_bad_shards_are_told_in_order_and_so_is_a_tar_or_index_that_is_not_listed(made):
     shutil.copy(made / "shard-000002.tar", made / "shard-000009.tar")
+    shutil.copy(made / "shard-000002.idx", made / "shard-000008.idx")
     for number in (2, 0):
         (made / f"shard-00000{number}.tar").write_bytes(b"")
     assert [line.partition(": ")[0] for line in verify(made).damage] == [
         "shard-000000.tar",
         "shard-000002.tar",
+        "shard-000008.idx",
         "shard-000009.tar",
     ]
 

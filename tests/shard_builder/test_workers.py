@@ -73,6 +73,17 @@ def test_any_other_error_is_raised():
         list(Workers(2, lambda: pool).finish(divmod, [Job(0, (1, 0))]))
 
 
+def test_the_callers_executor_is_never_closed_also_where_it_is_broken():
+    class Broken(ThreadPoolExecutor):
+        def submit(self, *_, **__):
+            raise BrokenExecutor
+
+    with Broken(1) as pool:
+        with workers_of(1, executor=pool) as crew, pytest.raises(OSError, match="the executor is broken"):
+            list(crew.finish(divmod, [Job(0, (1, 1))]))
+        assert not pool._shutdown
+
+
 def test_work_that_a_cluster_gives_up_is_an_error_of_one_line():
     class Leaving(Executor):
         def submit(self, *_):

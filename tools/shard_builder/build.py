@@ -78,10 +78,13 @@ def build(
     """
     place = Path(os.path.realpath(out))
     count = options.workers or usable_cores()
+    key = Path(os.path.realpath(options.key)) if options.key else key_beside(out)
+    if key.is_relative_to(place):
+        raise InputError(f"--key {options.key} lies in {out}, which is replaced as a whole: keep it elsewhere")
     with building(place, out) as folder, workers_of(count, options.dask, executor) as workers:
         recover(place)
         check_place(place, out, overwrite)
-        found = scan_source(source, options, options.key or key_beside(out), workers, report)
+        found = scan_source(source, options, place, key, workers, report)
         chosen = choose(found.entries, per_class=options.per_class, seed=options.seed)
         states = pack.file_states(found.root, chosen, report)
         recorded = _recorded(found, chosen, states, options)

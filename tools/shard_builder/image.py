@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +49,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     if not data:
         raise ImageError("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with silenced():  # what Pillow warns of is refused here
             opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         # Before any pixel is decoded: a few bytes can declare a picture that fills the memory.
         if opened.width * opened.height > MAX_PIXELS:
@@ -55,7 +58,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
             check_png(data)
         opened.load()
         return np.asarray(_grey(opened))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise ImageError(f"declares over {MAX_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
         raise ImageError("not a PNG or JPEG image") from None
@@ -129,3 +132,31 @@ def _grey(opened: Image.Image) -> Image.Image:
     deep += white // 2
     deep //= white
     return Image.fromarray(deep.astype(np.uint8))
+
+
+_silent = ExitStack()
+_inside = 0
+_lock = threading.Lock()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Without warnings and log lines: those of the libraries that read files quote what they read.
+
+    Both are switched off for the whole process, so with several threads inside the last one out switches them on.
+    """
+    global _inside  # noqa: PLW0603
+    with _lock:
+        if not _inside:
+            _silent.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.CRITICAL)
+            _silent.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _silent.close()

@@ -54,10 +54,14 @@ def _remove_set(folder: Path) -> None:
 
 def check_place(place: Path, out: Path, overwrite: bool) -> None:
     """Refuse, before any work, an output that can be neither left alone nor replaced."""
-    if not place.exists() or (place.is_dir() and not os.listdir(place)):
+    if not place.exists():
         return
     if not place.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
+    if os.path.ismount(place):
+        raise InputError(f"{out} is a mount point, which no folder can replace: name one within it with --out")
+    if not os.listdir(place):
+        return
     if foreign := _foreign(place, IN_SET):
         raise InputError(
             f"{out} holds {as_text(foreign[0])}, which is no part of a shard set: name another --out"

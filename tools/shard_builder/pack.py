@@ -98,8 +98,12 @@ def pack(
     packed = Packed(np.zeros(len(chosen), ROW), spool, offset, spools=[], reasons={})
     done = 0
 
+    versions: list[object] = [VERSION, size, codec, PIL.__version__, zlib.ZLIB_RUNTIME_VERSION]
+    if any(entry.frame is not None for entry in chosen):
+        versions += dicom.versions()
+
     def chunk_of(start: int, stop: int) -> Chunk:
-        made: list[object] = [VERSION, size, codec, PIL.__version__, zlib.ZLIB_RUNTIME_VERSION]
+        made = list(versions)
         made += [[repr(chosen[n]), *states[n].tolist()] for n in range(start, stop)]
         return Chunk(start, stop, "spool-" + hashlib.sha256(json.dumps(made).encode()).hexdigest()[:32])
 

@@ -14,6 +14,9 @@ from shard_builder.manifest import Rejected
 from shard_builder.settings import InputError, Report, silent
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+OTHER_SUFFIXES = (".bmp", ".gif", ".jp2", ".tif", ".tiff", ".webp")
+"""Of images that are no PNG or JPEG files: in a tree they are listed, other files are ignored."""
+
 LAYOUT = (
     "expected MODALITY/anatomy/class/*.png or .jpg, RadImageNet's US/class/*.png, DICOM files, or a CSV table"
 )
@@ -76,7 +79,8 @@ def scan_tree(
     skip_unknown: bool = False,
     report: Report = silent,
 ) -> Scan:
-    """Find the images of a tree of folders `MODALITY/anatomy/class`; hidden files and other types are ignored.
+    """Find the images of a tree of folders `MODALITY/anatomy/class`; hidden files and other types are ignored, but for
+    images of other types, which are rejected.
 
     `files` are those of `source`, if they were listed before. For `anatomy` and `names` see `folder_labels`.
     Raises `InputError` where a folder names no anatomy (`skip_unknown` rejects its images instead), and where the
@@ -87,6 +91,12 @@ def scan_tree(
     images = {parts: list(filter(is_image, names)) for parts, names in files.found.items()}
     found = {parts: names for parts, names in images.items() if names}
     rejected = files.rejected + [Rejected(as_text(path), "not a file") for path in filter(is_image, files.broken)]
+    rejected += [
+        Rejected(as_text("/".join([*parts, name])), "not a PNG or JPEG image: convert it")
+        for parts, inside in files.found.items()
+        for name in inside
+        if name.lower().endswith(OTHER_SUFFIXES)
+    ]
     depths = Counter(dict.fromkeys((2, 3), 0))
     for parts, inside in found.items():
         depths[len(parts)] += len(inside)
@@ -167,25 +177,33 @@ def class_of(fields: Mapping[str, str], order: Iterable[str]) -> str:
 def choose(entries: Iterable[Entry], *, per_class: int, seed: int) -> list[Entry]:
     """At most `per_class` images of each class (0: all), in the shuffled order in which they will be stored.
 
-    An image's ranks are hashes of the seed, its class and its file name. So the choice within a class depends
-    neither on the file system nor on the other classes, and is the same for a re-arranged tree.
+    An image's ranks are hashes of the seed, its class and its file name, or its path where a class has equal names.
+    So the choice within a class depends neither on the file system nor on the other classes, and is the same for a
+    re-arranged tree.
     """
 
-    def order(purpose: str, entry: Entry) -> tuple[bytes, str]:
-        name = entry.source.rpartition("/")[2]
+    def rank(purpose: str, category: str, name: str) -> bytes:
         # The purpose is part of it, else the classes with most images would come first in the storage order.
-        key = f"{purpose} {seed} {entry.category}/".encode() + os.fsencode(name)
-        return hashlib.sha256(key).digest(), entry.source
+        return hashlib.sha256(f"{purpose} {seed} {category}/".encode() + os.fsencode(name)).digest()
 
     classes = defaultdict(list)
     for entry in entries:
         classes[entry.category].append(entry)
-    chosen = [
-        entry
-        for members in classes.values()
-        for entry in sorted(members, key=lambda each: order("sample", each))[: per_class or None]
-    ]
-    return sorted(chosen, key=lambda each: order("shuffle", each))
+    chosen: list[tuple[bytes, str, Entry]] = []
+    for category, members in classes.items():
+        names = [entry.source.rpartition("/")[2] for entry in members]
+        if len(set(names)) < len(names):  # such as view1.png of each patient
+            names = [entry.source for entry in members]
+        ranked = [
+            (rank("sample", category, name), entry.source, name, entry)
+            for name, entry in zip(names, members, strict=True)
+        ]
+        ranked.sort(key=lambda each: each[:2])
+        chosen += [
+            (rank("shuffle", category, name), source, entry)
+            for _, source, name, entry in ranked[: per_class or None]
+        ]
+    return [entry for *_, entry in sorted(chosen, key=lambda each: each[:2])]
 
 
 def as_text(name: str) -> str:

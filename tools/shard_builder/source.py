@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from shard_builder.image import ImageError
 from shard_builder.manifest import Rejected
 from shard_builder.options import BuildOptions
 from shard_builder.pseudonym import load_key, pseudonym
-from shard_builder.scan import Entry, Names, Scan, as_text, class_of, is_image, scan_tree, walk
+from shard_builder.scan import Entry, Files, Names, Scan, as_text, class_of, is_image, scan_tree, walk
 from shard_builder.settings import InputError, Report
 from shard_builder.table import PATHS, PREFIX, columns, read_names, scan_table
 from shard_builder.workers import DIED, Job, Workers
@@ -24,11 +25,14 @@ HEADERS = 256  # DICOM headers that a worker reads at a time: about half a secon
 ASKED = 1000  # files that are looked into to tell what a folder holds
 
 
-def scan_source(source: Path, options: BuildOptions, key: Path, workers: Workers, report: Report) -> Scan:
+def scan_source(
+    source: Path, options: BuildOptions, place: Path, key: Path, workers: Workers, report: Report
+) -> Scan:
     """The images of `source`, which is a folder, a CSV file or a DICOMDIR, and their labels.
 
     DICOM files are called by a hash of their paths with the key in the file `key`, which is made where there is
-    none. Raises `InputError` for what cannot be used.
+    none. The shard set's own folder, `place`, and the key are no part of a source that they lie in. Raises
+    `InputError` for what cannot be used.
     """
     tables = [Path(each) for each in options.table]
     root = source
@@ -44,7 +48,7 @@ def scan_source(source: Path, options: BuildOptions, key: Path, workers: Workers
             raise InputError(f"{source} is {error}") from None
         found = _listed(source.parent, paths, [])
     else:
-        found = _folder(source, options, report)
+        found = _folder(source, options, [place, key], report)
     if found.form != "tree":
         found = _opened(found, options, key, workers, report)
     found = _required(found, options.required)
@@ -76,19 +80,24 @@ def _tables(tables: Sequence[Path], root: Path, options: BuildOptions, report: R
     return _narrowed(found, fields)
 
 
-def _folder(source: Path, options: BuildOptions, report: Report) -> Scan:
+def _folder(source: Path, options: BuildOptions, own: Sequence[Path], report: Report) -> Scan:
     """A tree of images, or DICOM files where they are more."""
     if (source / PREFIX).is_dir():
         source = source / PREFIX
-    files = walk(source, report)
+    files = _without(walk(source, report), source, own)
     paths = ["/".join([*parts, name]) for parts, names in sorted(files.found.items()) for name in sorted(names)]
-    others = [path for path in paths if not is_image(path)]
-    if 2 * len(others) > len(paths):
-        asked = others[:: -(-len(others) // ASKED)]
-        marked = sum(dicom.is_dicom(source / path) for path in asked)
-        if marked * len(others) > (len(paths) - len(others)) * len(asked):
-            rejected = files.rejected + [Rejected(path, "not a file") for path in files.broken]
-            return _listed(source, paths, rejected)
+    asked = paths[:: -(-len(paths) // ASKED) or 1]
+    marked = {path for path in asked if dicom.is_dicom(source / path)}
+    pictures = sum(is_image(path) and path not in marked for path in asked)
+    if len(marked) > pictures:
+        rejected = files.rejected + [Rejected(path, "not a file") for path in files.broken]
+        return _listed(source, paths, rejected)
+    # A few are strays; with many, folders are likely to be patients, and must not become labels.
+    if 10 * sum(not is_image(path) for path in marked) >= len(asked) > 0:
+        raise InputError(
+            f"{source} holds DICOM files among its PNG or JPEG images: shard either from a folder of its own, or name "
+            "the images in a table with --table"
+        )
     fields = _chosen(options.chosen_fields, USUAL, str(source))
     found = scan_tree(
         source,
@@ -101,6 +110,18 @@ def _folder(source: Path, options: BuildOptions, report: Report) -> Scan:
     return _narrowed(found, fields)
 
 
+def _without(files: Files, source: Path, own: Sequence[Path]) -> Files:
+    """`files` of `source` without those of a build: `own` are its folder and its key."""
+    root, found = Path(os.path.realpath(source)), dict(files.found)
+    for path in own:
+        if path.is_relative_to(root) and (parts := path.relative_to(root).parts):
+            inside = [each for each in found if each[: len(parts)] == parts]
+            found = {each: names for each, names in found.items() if each not in inside}
+            if path.name in (names := found.get(parts[:-1], [])):
+                found[parts[:-1]] = [name for name in names if name != path.name]
+    return replace(files, found={parts: names for parts, names in found.items() if names})
+
+
 def _listed(root: Path, paths: Iterable[str], rejected: list[Rejected]) -> Scan:
     """DICOM files that are not opened yet."""
     return Scan("dicom", (), [Entry(path, {}, "") for path in paths], rejected, root)
@@ -109,12 +130,14 @@ def _listed(root: Path, paths: Iterable[str], rejected: list[Rejected]) -> Scan:
 def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, report: Report) -> Scan:
     """`found` with the frames, and from their own headers the labels, of its DICOM files, and without their names."""
     own = found.form == "dicom"
-    fields, names = found.fields, {}
+    fields, names = found.fields, dict[tuple[str, str], str]()
     if own:
         if options.anatomy:
             raise InputError("--anatomy is for labels by folder, and DICOM files have their own: use --map")
         fields = _chosen(options.chosen_fields, list(terms.KEYWORDS), "a DICOM file")
-        names = {(field, terms.plain(old)): new for (field, old), new in _names(options, fields).items()}
+        for (field, old), new in _names(options, fields).items():
+            if names.setdefault((field, terms.plain(old)), new) != new:
+                raise InputError(f"{options.map} names {field} {old} in two spellings and two ways: keep one")
     entries = [entry for entry in found.entries if is_image(entry.source) and not own]
     hidden = [entry for entry in found.entries if own or not is_image(entry.source)]
     rejected = [each for each in found.rejected if is_image(each.source) and not own]
@@ -125,7 +148,8 @@ def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, rep
     secret = load_key(key)
     rejected += [Rejected(pseudonym(secret, each.source), each.reason) for each in unsafe]
     unknown: Counter[str] = Counter()
-    for entry, header in zip(hidden, _headers(workers, found.root, hidden, report), strict=True):
+    headers = _headers(workers, found.root, hidden, fields if own else (), names, report)
+    for entry, header in zip(hidden, headers, strict=True):
         name = pseudonym(secret, entry.source)
         if isinstance(header, str):
             rejected.append(Rejected(name, header))
@@ -135,9 +159,8 @@ def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, rep
             continue
         values, category = entry.fields, entry.category
         if own:
-            values, strange = terms.label_values(header.texts, fields, names)
-            category = class_of(values, fields)
-            unknown.update(strange)
+            values, category = header.values, class_of(header.values, fields)
+            unknown.update(header.unknown)
         count = min(options.frames, header.frames)
         middles = ((2 * part + 1) * header.frames // (2 * count) for part in range(count))
         for frame in middles:
@@ -153,11 +176,18 @@ def _need_pydicom() -> None:
         )
 
 
-def _headers(workers: Workers, root: Path, entries: Sequence[Entry], report: Report) -> list[dicom.Header | str]:
+def _headers(
+    workers: Workers,
+    root: Path,
+    entries: Sequence[Entry],
+    fields: Sequence[str],
+    names: Names,
+    report: Report,
+) -> list[dicom.Header | str]:
     """The header of each file, or why it has none."""
 
     def job_of(chunk: range) -> Job[range]:
-        return Job(chunk, (root.absolute(), [entries[number].file for number in chunk]))
+        return Job(chunk, (root.absolute(), [entries[number].file for number in chunk], fields, names))
 
     def halves(job: Job[range]) -> list[Job[range]]:
         chunk, middle = job.key, len(job.key) // 2

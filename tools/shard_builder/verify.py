@@ -64,9 +64,11 @@ def verify(folder: Path, *, workers: int | None = None, report: Report = silent)
             done += shard.samples
             report("verifying", done, manifest.samples, f"{len(damage)} damaged" if damage else "")
     lines = [damage[number] for number in sorted(damage)]
-    # Whoever reads all tars of the folder would read these, too.
+    # Whoever reads all tars, or indices, of the folder would read these, too.
     lines += [
-        f"{path.name}: is not in {NAME}" for path in sorted(folder.glob("*.tar")) if path.name not in listed
+        f"{path.name}: is not in {NAME}"
+        for path in sorted([*folder.glob("*.tar"), *folder.glob("*.idx")])
+        if path.with_suffix(".tar").name not in listed
     ]
     return Verified(manifest.samples, len(manifest.shards), sum(shard.bytes for shard in manifest.shards), lines)
 
@@ -93,9 +95,9 @@ def _check(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
         raise DamageError(f"its index {index.name} has {len(lines)} samples, {NAME} {shard.samples}")
     digest, offset = hashlib.sha256(), 0
     with open(tar, "rb") as file:
+        extensions = (EXTENSIONS[manifest.codec], "labels", "target", "json")
         for sample, line in enumerate(lines, first):
             members = {}
-            extensions = (EXTENSIONS[manifest.codec], "labels", "target", "json")
             for number, extension in enumerate(extensions):
                 name = f"{sample:08}.{extension}"
                 size = line[number].size if number < len(line) else 0
@@ -112,6 +114,8 @@ def _check(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
                 digest.update(block)
                 members[extension] = block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + size]
                 offset += length
+            if len(line) > len(extensions):
+                raise DamageError(f"{sample:08}.json: its index {index.name} has more entries after it")
             _check_sample(f"{sample:08}", members, manifest)
         if (end := file.read(2 * tarfile.RECORDSIZE)) != tar_end(offset):
             raise DamageError(f"it does not end after {sample:08}.json")

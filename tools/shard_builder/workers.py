@@ -60,9 +60,12 @@ class Workers:
         with hidden_main():
             try:
                 return self._executor.submit(work, *arguments)
-            except BrokenExecutor:
+            except BrokenExecutor as error:
+                fresh = self._start()
+                if fresh is self._executor:  # the caller's
+                    raise OSError("the executor is broken: give another one") from error
                 self.close()
-                self._executor = self._start()
+                self._executor = fresh
                 return self._executor.submit(work, *arguments)
 
     def close(self) -> None:
