@@ -33,7 +33,7 @@ from modan_fast.losses import MulSupConLoss
 from modan_fast.machine import compute_type, peak_memory
 from modan_fast.pretrain import EpochClock
 from modan_fast.shards import ShardSet
-from modan_fast.step import Step
+from modan_fast.step import Step, tuned_convolutions
 from shard_builder.settings import usable_cores
 
 WARM_UP = 2  # steps before those that are timed
@@ -43,13 +43,18 @@ Update = Callable[[Batch], Tensor]
 
 @dataclass
 class Rung:
-    """Batches from `open` and what is done with one; `steps` of them are timed in a turn."""
+    """Batches from `open` and what is done with one; `steps` of them are timed in a turn, after `warm_up`.
+
+    `gpu_gib` is the most memory that torch held on a GPU in a turn, this rung's and that of what others keep.
+    """
 
     title: str
     open: Callable[[], Iterator[Batch]]
     update: Callable[[], Update]
     steps: int
+    warm_up: int = WARM_UP
     waits: list[float] = field(default_factory=list)
+    gpu_gib: float = 0.0
 
 
 class Files(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -111,10 +116,13 @@ def usual_update(
 
     def update(batch: Batch) -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.float16, enabled=on_gpu):
-            embeddings = model(batch.views.contiguous())
+        # Copied, because views of one channel count as contiguous in either layout.
+        views = batch.views.clone(memory_format=torch.contiguous_format)
+        with tuned_convolutions(), torch.autocast(device.type, torch.float16, enabled=on_gpu):
+            embeddings = model(views)
         value = loss(embeddings.float(), batch.labels.float())
-        scaler.scale(value).backward()
+        with tuned_convolutions():
+            scaler.scale(value).backward()
         scaler.step(optimizer)
         scaler.update()
         return value.detach()
@@ -132,7 +140,10 @@ def turn(rung: Rung, update: Callable[[], Update], epoch: int, device: torch.dev
     """One timing: the seconds of an epoch, scaled from the rung's steps."""
     batches = rung.open()
     step = update()
-    for batch in itertools.islice(batches, WARM_UP):
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for batch in itertools.islice(batches, rung.warm_up):
         loss = step(batch)
     assert torch.isfinite(loss), f"{rung.title}: the loss is {loss}"
     synchronise(device)
@@ -142,6 +153,8 @@ def turn(rung: Rung, update: Callable[[], Update], epoch: int, device: torch.dev
     synchronise(device)
     seconds = time.perf_counter() - begun
     rung.waits.append(clock.wait_share)
+    if device.type == "cuda":
+        rung.gpu_gib = max(rung.gpu_gib, torch.cuda.max_memory_reserved(device) / 2**30)
     if hasattr(batches, "close"):
         batches.close()
     return [seconds / rung.steps * epoch]
@@ -170,10 +183,12 @@ def rungs_of(arguments: Any, shards: ShardSet, scratch: Path, device: torch.devi
     usual = partial(usual_update, base, device, vectorised)
     kept = "gpu" if device.type == "cuda" else "host"
     published = partial(usual_update, base, device, published_loss)
+    cores = usable_cores()
     rungs = [
         Rung("published style", partial(from_files, 0, device), published, arguments.slow_steps),
         Rung("+ vectorised loss", partial(from_files, 0, device), usual, arguments.slow_steps),
-        Rung(f"+ {usable_cores()} workers", partial(from_files, usable_cores(), device), usual, steps),
+        # Their workers make two batches each ahead of time, which must not count as made while timed.
+        Rung(f"+ {cores} workers", partial(from_files, cores, device), usual, steps, WARM_UP + 2 * cores),
         Rung("+ DALI, streaming", ours("stream", plain), usual, steps),
         Rung("+ decode-once store", ours(kept, plain), usual, steps),
         Rung("+ channels-last, own precision", ours(kept, quick), partial(our_update, quick, device), steps),
@@ -222,6 +237,8 @@ def main() -> None:
         samples = shards.manifest.samples
     times = {name: median(values) for name, values in measured.items()}
     ceiling, top = rungs[-1], rungs[-2]
+    held = ", ".join(f"{rung.title} {rung.gpu_gib:.1f} GiB" for rung in rungs)
+    gpu_notes = [f"Most that torch held on the GPU: {held}."] if device.type == "cuda" else []
     publish(
         "epoch",
         measured,
@@ -237,7 +254,9 @@ def main() -> None:
             "Share of the time that the device waited for data: "
             + ", ".join(f"{rung.title} {median(rung.waits):.1%}" for rung in rungs)
             + ".",
-            f"Most memory: {', '.join(f'{name} {value:.1f}' for name, value in peak_memory(device).items())}.",
+            f"Most memory of all rungs together: "
+            f"{', '.join(f'{name} {value:.1f}' for name, value in peak_memory(device).items())}.",
+            *gpu_notes,
         ],
         arguments=arguments,
         device=device,

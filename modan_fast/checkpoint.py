@@ -92,8 +92,11 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
     return replace(config, **given)
 
 
-def begin(config: PretrainConfig, shards: ShardSet, *, resumed_at: int | None) -> None:
-    """Write `config.json`; cut the log back to the `resumed_at` epochs of the checkpoint, or clear the folder."""
+def begin(config: PretrainConfig, shards: ShardSet, *, chosen: Mapping[str, Any], resumed_at: int | None) -> None:
+    """Write `config.json`; cut the log back to the `resumed_at` epochs of the checkpoint, or clear the folder.
+
+    `chosen` is what the settings that leave a choice came to on this machine.
+    """
     run = config.run
     run.mkdir(parents=True, exist_ok=True)
     log = run / "log.jsonl"
@@ -105,6 +108,7 @@ def begin(config: PretrainConfig, shards: ShardSet, *, resumed_at: int | None) -
     manifest = shards.manifest
     content = {
         "settings": to_json(config),
+        "chosen": dict(chosen),
         "preprocessing": {"image_size": config.image_size, "channels": config.channels, "mean": 0.0, "std": 1.0},
         "shards": {
             "fingerprint": shards.fingerprint,

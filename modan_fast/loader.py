@@ -62,9 +62,9 @@ class Loader:
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch; a rest that does not give each rank an image is left out."""
         full, rest = divmod(sum(self.store.counts), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return full + (rest >= self.world_size and not self.drop_last)
 
     def parts(self, epoch: int, start: int = 0) -> list[Ids]:
         """The sample ids of each batch of an epoch from step `start` on; of this rank."""

@@ -20,7 +20,7 @@ from modan_fast.loader import Batch, open_loader
 from modan_fast.machine import compute_type, peak_memory, pick_device
 from modan_fast.shards import open_shards
 from modan_fast.step import Step
-from shard_builder.settings import Report, silent
+from shard_builder.settings import Report, silent, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -47,40 +47,49 @@ def pretrain(
     dtype = compute_type(config.precision, device)
     loader = open_loader(config, shards, device=device, dtype=dtype, report=report)
     training = Step(config, classes=len(shards.manifest.classes), steps=loader.steps, device=device)
-    log.info(
-        "training on %s, %s, %s",
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
-        str(dtype).removeprefix("torch."),
-        "compiled" if training.compiled else "not compiled",
-    )
+    chosen = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "precision": str(dtype).removeprefix("torch."),
+        "compile": training.compiled,
+        "renderer": loader.renderer.name,
+        "store": loader.store.tier,
+        "threads": config.threads or usable_cores(),
+    }
+    log.info("training: %s", ", ".join(f"{name} {value}" for name, value in chosen.items()))
 
     def save(epoch: int, step: int) -> None:
         """Write all that resuming in `epoch` (0-based) before `step` needs, and the encoder."""
         state = {"epoch": epoch, "step": step, "loss_sum": loss_sum, **training.state()}
+        state |= {"seconds": clock.seconds, "waited": clock.waited} if step else {"seconds": 0.0, "waited": 0.0}
         checkpoint.save(run, state, training.encoder, config)
 
     first_epoch, first_step, loss_sum = 0, 0, torch.zeros((), device=device)
+    seconds = waited = 0.0  # of the epoch before it was interrupted
     if resume:
         state = checkpoint.load(run)
         first_epoch, first_step, loss_sum = state["epoch"], state["step"], state["loss_sum"].to(device)
+        seconds, waited = state["seconds"], state["waited"]
         training.load_state(state)
-    checkpoint.begin(config, shards, resumed_at=first_epoch if resume else None)
+        # A kill may have come between the checkpoint and the encoder that belongs to it.
+        checkpoint.save_encoder(run / "encoder.safetensors", training.encoder, config, epoch=first_epoch)
+    checkpoint.begin(config, shards, chosen=chosen, resumed_at=first_epoch if resume else None)
 
     total = config.epochs * loader.steps
     with _asked_to_stop() as stop:
         for epoch in range(first_epoch, config.epochs):
-            clock = EpochClock(device)
+            clock = EpochClock(device, seconds, waited)
             for step, batch in enumerate(clock.watch(loader.epoch(epoch, first_step)), start=first_step):
                 loss_sum += training.update(batch, epoch * loader.steps + step)
                 last = step + 1 == loader.steps
-                if last or clock.time_to_look():
+                if last or stop.is_set() or clock.time_to_look():
                     loss = loss_sum.item() / (step + 1)
                     if not math.isfinite(loss):
                         raise FloatingPointError(
                             f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}: try a smaller --lr; "
                             f"{run} keeps the last checkpoint"
                         )
-                    speed = (step + 1 - first_step) * config.batch_size * config.views / clock.seconds
+                    images = min((step + 1) * config.batch_size, shards.manifest.samples)
+                    speed = images * config.views / clock.seconds
                     note = f"epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  {speed:.0f} views/s"
                     report(
                         "pretraining",
@@ -104,12 +113,13 @@ def pretrain(
                 },
             )
             first_step, loss_sum = 0, torch.zeros_like(loss_sum)
-            if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs or stop.is_set():
-                save(epoch + 1, 0)
+            seconds = waited = 0.0
             if epoch + 1 in config.keep:
                 checkpoint.save_encoder(
                     run / f"encoder-{epoch + 1:04d}.safetensors", training.encoder, config, epoch=epoch + 1
                 )
+            if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs or stop.is_set():
+                save(epoch + 1, 0)
             if stop.is_set() and epoch + 1 < config.epochs:
                 raise KeyboardInterrupt
     return run
@@ -122,11 +132,13 @@ class EpochClock:
     time that passes on it between the end of one step and the moment the next views are ready, by its own clock.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seconds: float = 0.0, waited: float = 0.0) -> None:
+        """`seconds` have passed in the epoch before, `waited` of them for data."""
         self._cuda = device.type == "cuda"
-        self._begun = self._looked = time.perf_counter()
+        self._looked = time.perf_counter()
+        self._begun = self._looked - seconds
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._waited = 0.0
+        self._waited = waited
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with every wait for one of them timed."""
@@ -162,13 +174,18 @@ class EpochClock:
         return time.perf_counter() - self._begun
 
     @property
-    def wait_share(self) -> float:
-        """Share of the epoch so far that was spent waiting for data; on a GPU it waits for the last event."""
+    def waited(self) -> float:
+        """Seconds of the epoch so far that were spent waiting for data; on a GPU it waits for the last event."""
         if self._waits:
             self._waits[-1][1].synchronize()
             self._waited += sum(begun.elapsed_time(ended) for begun, ended in self._waits) / 1000
             self._waits.clear()
-        return self._waited / self.seconds
+        return self._waited
+
+    @property
+    def wait_share(self) -> float:
+        """`waited` as a share of the epoch so far."""
+        return self.waited / self.seconds
 
 
 @contextmanager

@@ -32,6 +32,8 @@ PART = 16  # views that a thread makes at a time
 class Renderer(Protocol):
     """What the loader needs of a renderer."""
 
+    name: str
+
     def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
         """Start the views of `pixels` (N, S, S) uint8; `view` holds the parameters of all V of them, in order."""
 
@@ -97,6 +99,8 @@ class TorchRenderer:
     On a CPU it is faster than DALI, because torch resamples 8-bit images with vector instructions.
     """
 
+    name = "torch"
+
     def __init__(self, size: int, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         self.size, self.device, self.dtype = size, device, dtype
         # Views are enough to keep all cores busy: an operation needs no threads of its own.
@@ -106,7 +110,10 @@ class TorchRenderer:
     def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
         """See `Renderer.submit`."""
         if self.device.type != "cpu":
-            self._pending.append([self._threads.submit(render_view, pixels, view, self.size)])
+            # Where they are shown, not where they lie: so that views are the same from all tiers.
+            assert isinstance(pixels, Tensor)
+            there = pixels.to(self.device, non_blocking=True)
+            self._pending.append([self._threads.submit(render_view, there, view, self.size)])
             return
         count = len(view.flip)
         # In channels-last layout, as convolutions are told to work.
@@ -178,13 +185,20 @@ def dali_pipeline(
             # On the CPU it reads the rows where they lie, those of the first view again for the second.
             no_copy=place == "cpu",
         )
-        *_, view = islice(dali_stages(images, size, place, blur), stages)
+        *_, view = islice(dali_stages(images, size, batch_size, place, blur), stages)
         pipeline.set_outputs(view)
     pipeline.build()
     return pipeline
 
 
-def dali_stages(images: Any, size: int, place: str, blur: bool) -> Iterator[Any]:
+def contrasted(views: Any, means: Any, contrast: Any) -> Any:
+    """DALI's uint8 views with another contrast about `means`, by arithmetic, rounded and saturated."""
+    from nvidia.dali import fn, types
+
+    return fn.cast((views - means) * contrast + means, dtype=types.UINT8)
+
+
+def dali_stages(images: Any, size: int, batch_size: int, place: str, blur: bool) -> Iterator[Any]:
     """What becomes of `images` stage by stage, inside a pipeline for `place` (cpu or gpu).
 
     The stages are crop, resize, brightness, its mean, contrast, blur where there is any, and float32. All but the
@@ -211,18 +225,20 @@ def dali_stages(images: Any, size: int, place: str, blur: bool) -> Iterator[Any]
         roi_relative=True,
         interp_type=types.INTERP_LINEAR,
         antialias=True,
+        # All views in one kernel; by default a GPU takes 32 at a time.
+        minibatch_size=batch_size,
     )
     yield resized
     bright = fn.brightness_contrast(resized, brightness=argument("brightness", 0))
     yield bright
     mean = fn.reductions.mean(bright)
     yield mean
-    view = fn.brightness_contrast(
-        bright,
-        contrast=argument("contrast", 0),
-        # DALI takes the arguments of an operator from the host, on GPUs too.
-        contrast_center=mean.cpu() if place == "gpu" else mean,
-    )
+    contrast = argument("contrast", 0)
+    if place == "gpu":
+        # As an operator's argument, DALI would wait for the mean on the host.
+        view = contrasted(bright, mean, contrast.gpu())
+    else:
+        view = fn.brightness_contrast(bright, contrast=contrast, contrast_center=mean)
     yield view
     if blur:
         view = fn.gaussian_blur(view, sigma=argument("sigma", 0), window_size=blur_window(size))
@@ -249,6 +265,8 @@ def dali_arguments(view: ViewParameters) -> dict[str, NDArray[Any]]:
 
 class DaliRenderer:
     """Renders with DALI's operators on the training device, from parameters that `augment` computed."""
+
+    name = "dali"
 
     def __init__(
         self, size: int, batch_size: int, device: torch.device, dtype: torch.dtype, threads: int, blur: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,14 +38,16 @@ class Step:
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = optimizer_of(config, self.model)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self._forward: Any = torch.compile(self.model) if self.compiled else self.model
+        # A last batch of another size gets a graph of its own, and leaves that of the others as it is.
+        self._forward: Any = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         loss = loss_function(config)
-        self._loss: Any = torch.compile(loss) if self.compiled else loss
+        self._loss: Any = torch.compile(loss, dynamic=False) if self.compiled else loss
         self.model.train()
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of a batch, a float32 scalar that stays on the device."""
-        with torch.autocast(batch.views.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        mixed = torch.autocast(batch.views.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with tuned_convolutions(), mixed:
             # Grey in each channel, and so saturation, hue and RandomGrayscale would change nothing here either.
             embeddings = self._forward(batch.views.expand(-1, self.config.channels, -1, -1))
         loss: Tensor = self._loss(embeddings.float(), batch.targets if self.config.views == 1 else batch.labels)
@@ -52,7 +55,8 @@ class Step:
 
     def backward(self, loss: Tensor) -> None:
         """Fill the gradients."""
-        self._scaler.scale(loss).backward()
+        with tuned_convolutions():
+            self._scaler.scale(loss).backward()
 
     def optimise(self, step: int) -> None:
         """Change the weights, with the learning rate of `step`, counted from the start of the run."""
@@ -80,8 +84,17 @@ class Step:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.model.load_state_dict(state["model"])
+        fused = self.optimizer.param_groups[0]["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused  # is this machine's, and not that of the state
+        if state["scaler"]:  # empty from where no loss is scaled
+            self._scaler.load_state_dict(state["scaler"])
+
+
+def tuned_convolutions() -> AbstractContextManager[None]:
+    """Lets cuDNN time its algorithms once for each shape, and take the fastest; for shapes that stay the same."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True)
 
 
 def first_encoder(config: PretrainConfig) -> ResNet:

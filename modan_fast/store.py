@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ Place = Literal["gpu", "host"]
 
 class Store(Protocol):
     """What the loader needs of a place that holds samples: in memory, or in the tars themselves."""
+
+    @property
+    def tier(self) -> str:
+        """Where samples are kept, as `--store` calls it."""
 
     @property
     def canvas(self) -> int:
@@ -66,6 +71,11 @@ class Memory:
     counts: list[int]
 
     @property
+    def tier(self) -> str:
+        """See `Store.tier`."""
+        return "gpu" if self.pixels.is_cuda else "host"
+
+    @property
     def canvas(self) -> int:
         """Side of the stored images in pixels."""
         return self.pixels.shape[1]
@@ -73,20 +83,27 @@ class Memory:
     def fetch(self, parts: Sequence[Ids]) -> Generator[Samples, None, None]:
         """The samples of each part, in its order, on the training device."""
         device = self.labels.device
-        for ids in parts:
+        # At once, because a GPU does all that it was given before it takes what is not pinned.
+        rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts])).to(device)
+        copies = torch.cuda.Stream(device) if self.pixels.is_pinned() else None
+        for ids, there in zip(parts, rows.split([len(ids) for ids in parts]), strict=True):
             pixels: Tensor | list[Tensor]
             if device.type == "cpu":
                 pixels = [
                     self.pixels[sample] for sample in ids.tolist()
                 ]  # gathered, they would be copied for nothing
-            elif self.pixels.is_pinned():
-                # Row by row, straight from the store: gathered first, they would be copied twice.
-                pixels = torch.empty((len(ids), self.canvas, self.canvas), dtype=torch.uint8, device=device)
-                for row, sample in zip(pixels, ids.tolist(), strict=True):
-                    row.copy_(self.pixels[sample], non_blocking=True)
+            elif copies is not None:
+                # Row by row, straight from the store: gathered first, they would be copied twice. Beside the training
+                # that is under way, in a stream of their own.
+                training = torch.cuda.current_stream(device)
+                with torch.cuda.stream(copies):
+                    pixels = torch.empty((len(ids), self.canvas, self.canvas), dtype=torch.uint8, device=device)
+                    for row, sample in zip(pixels, ids.tolist(), strict=True):
+                        row.copy_(self.pixels[sample], non_blocking=True)
+                training.wait_stream(copies)
+                pixels.record_stream(training)
             else:
-                pixels = self.pixels[torch.from_numpy(ids).to(device)]
-            there = torch.from_numpy(ids).to(device)
+                pixels = self.pixels[there]
             yield Samples(ids, pixels, self.labels[there], self.targets[there])
 
 
@@ -121,7 +138,7 @@ def open_store(
                     ) from None
                 log.warning("store: not %s, because %s", TITLES[place], error)
     log.info("store: streamed from %s", shards.place)
-    return Stream(shards, renderer=renderer, batch_size=batch_size, threads=threads)
+    return Stream(shards, renderer=renderer, batch_size=batch_size, threads=threads, pinned=device.type == "cuda")
 
 
 def read_all(
@@ -140,7 +157,9 @@ def read_all(
     manifest = shards.manifest
     samples, canvas = manifest.samples, manifest.size
     pinned = place == "host" and device.type == "cuda"
-    check_room(place, samples * canvas**2, device)
+    size = samples * canvas**2
+    # Torch pins memory in powers of two.
+    check_room(place, 1 << (size - 1).bit_length() if pinned else size, device)
     if not shards.remote:
         manifest.check_hashes(Path(shards.place), report)
     try:

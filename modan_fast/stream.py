@@ -44,9 +44,22 @@ class Samples:
 class Stream:
     """A shard set of any size, read anew each epoch through the webdataset library."""
 
-    def __init__(self, shards: ShardSet, *, renderer: config.Renderer, batch_size: int, threads: int) -> None:
-        """`batch_size` bounds the samples that are fetched at a time; `renderer` says what decodes them."""
-        self.shards, self._batch_size = shards, batch_size
+    tier = "stream"
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        renderer: config.Renderer,
+        batch_size: int,
+        threads: int,
+        pinned: bool = False,
+    ) -> None:
+        """`batch_size` bounds the samples that are fetched at a time; `renderer` says what decodes them.
+
+        `pinned` samples are copied to a GPU without its host's waiting for it.
+        """
+        self.shards, self._batch_size, self._pinned = shards, batch_size, pinned
         manifest = shards.manifest
         self.canvas, self.counts = manifest.size, shards.counts
         self._image = EXTENSIONS[manifest.codec]
@@ -105,7 +118,8 @@ class Stream:
             ) from error
         labels = np.stack([np.frombuffer(labels, np.uint8) for _, labels, _ in members])
         targets = np.array([int.from_bytes(target, "little") for _, _, target in members], np.int64)
-        return Samples(ids, pixels, torch.from_numpy(labels), torch.from_numpy(targets))
+        tensors = (pixels, torch.from_numpy(labels), torch.from_numpy(targets))
+        return Samples(ids, *(each.pin_memory() if self._pinned else each for each in tensors))
 
     def _decoded(self, parts: Sequence[Ids]) -> Generator[Samples, None, None]:
         encoded = self.encoded(np.concatenate([np.empty(0, np.int64), *parts]))

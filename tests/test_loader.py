@@ -106,6 +106,14 @@ def test_ranks_share_a_batch_and_leave_nothing_out(shards, tier):
         assert max(map(len, together)) - min(map(len, together)) <= 1
 
 
+def test_a_rest_that_does_not_give_each_rank_an_image_is_left_out(shards):
+    # 48 images in batches of 46.
+    for size, steps in ((2, 2), (3, 1)):
+        ranks = [loader(shards, batch_size=46, rank=rank, world_size=size) for rank in range(size)]
+        assert {each.steps for each in ranks} == {steps}
+        assert all(len(batch.ids) > 0 for each in ranks for batch in each.epoch(0))
+
+
 def test_the_last_partial_batch_is_the_recipes_choice(shards):
     assert [len(batch.ids) for batch in loader(shards).epoch(0)] == [10, 10, 10, 10, 8]
     assert [len(batch.ids) for batch in loader(shards, drop_last=True).epoch(0)] == [10, 10, 10, 10]

@@ -18,7 +18,7 @@ from modan_fast import pretrain as module
 from modan_fast.checkpoint import finished_epochs, load, load_encoder, load_imagenet, resumed_config
 from modan_fast.config import RECIPES, PretrainConfig, from_json, pretrain_config, to_json
 from modan_fast.pretrain import pretrain
-from modan_fast.step import lr_at, rate_at, wants_compile
+from modan_fast.step import Step, lr_at, rate_at, wants_compile
 from shard_builder.settings import InputError
 
 
@@ -102,6 +102,8 @@ def test_the_run_folder_tells_how_it_came_about(finished, shards):
     written = json.loads((finished / "config.json").read_text())
     assert from_json(PretrainConfig, written["settings"]) == settings(shards, finished)
     assert written["preprocessing"] == {"image_size": 32, "channels": 1, "mean": 0.0, "std": 1.0}
+    chosen = {"device": "CPU", "precision": "float32", "compile": False, "renderer": "torch", "store": "host"}
+    assert written["chosen"] == {**chosen, "threads": 2}
     assert written["versions"]["torch"] == torch.__version__
     assert written["shards"]["samples"] == 48
     torch.load(finished / "checkpoint.pt", weights_only=True)
@@ -127,7 +129,13 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_that_was_never_stopped(f
         module.LOOK_EVERY = looked
     state = load(tmp_path / "run")
     assert state["epoch"] * 4 + state["step"] == at
+    state["seconds"] += 1000
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
     pretrain(config, resume=True)
+    # The time before the stop counts.
+    assert [entry["seconds"] > 999 for entry in logged(tmp_path / "run")] == [
+        number == at // 4 for number in range(3)
+    ]
     assert_same_weights(weights(tmp_path / "run"), weights(finished))
     assert [entry["loss"] for entry in logged(tmp_path / "run")] == pytest.approx(
         [entry["loss"] for entry in logged(finished)], rel=1e-6
@@ -163,6 +171,27 @@ def test_a_killed_process_is_resumed_to_the_same_weights_whatever_the_threads(
     assert load(tmp_path / "run")["epoch"] == (at - 1) // 4
     pretrain(config, resume=True)
     assert_same_weights(weights(tmp_path / "run"), weights(whole))
+
+
+def test_an_encoder_that_a_kill_has_left_behind_its_checkpoint_is_made_up_for(finished, shards, tmp_path):
+    config = settings(shards, tmp_path / "run", epochs=2)
+    pretrain(config)
+    (early,) = [(tmp_path / "run" / "encoder.safetensors").read_bytes()]
+    pretrain(replace(config, epochs=3), resume=True)
+    (tmp_path / "run" / "encoder.safetensors").write_bytes(early)
+    pretrain(replace(config, epochs=3), resume=True)
+    assert_same_weights(weights(tmp_path / "run"), weights(finished))
+
+
+def test_a_state_can_be_continued_on_a_machine_that_scales_losses_or_fuses_steps(shards, tmp_path):
+    config = settings(shards, tmp_path)
+    step = Step(config, classes=4, steps=4, device=torch.device("cpu"))
+    state = step.state()
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = True
+    step._scaler = torch.amp.GradScaler("cpu", enabled=True)
+    step.load_state(state)
+    assert not any(group["fused"] for group in step.optimizer.param_groups)
 
 
 def test_a_resumed_run_forgets_log_lines_that_no_checkpoint_holds(finished, shards, tmp_path):
@@ -225,6 +254,18 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_checkpo
     pretrain(config)
     with pytest.raises(FloatingPointError, match="try a smaller --lr"):
         pretrain(replace(config, epochs=4, lr=1e30), overwrite=True)
+
+
+def test_a_stop_never_saves_weights_whose_loss_is_not_finite(shards, tmp_path, monkeypatch):
+    class Diverging(Step):
+        def update(self, batch, step):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().update(batch, step) * torch.nan
+
+    monkeypatch.setattr(module, "Step", Diverging)
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1, step 1"):
+        pretrain(settings(shards, tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_the_schedule_equals_torchs_linear_warm_up_and_multi_step_decay():

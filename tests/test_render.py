@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as transforms
 from modan_fast.augment import ViewParameters, view_parameters
 from modan_fast.config import Augmentation
 from modan_fast.decode import dali_installed
-from modan_fast.render import open_renderer, render_view
+from modan_fast.render import contrasted, open_renderer, render_view
 
 needs_dali = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed (Linux only)")
 CPU = torch.device("cpu")
@@ -142,6 +142,27 @@ def test_views_come_back_in_order_channels_last_and_in_the_compute_type(name):
     assert collected.shape == (96, 1, 64, 64)
     assert collected.is_contiguous(memory_format=torch.channels_last)
     assert 0 <= collected.min() <= collected.max() <= 1
+
+
+@needs_dali
+def test_contrast_by_arithmetic_as_on_gpus_equals_the_operator_for_it():
+    from nvidia.dali import Pipeline, fn, types
+
+    pixels = images(32)
+    contrasts = np.linspace(0, 2, 32, dtype=np.float32)
+    pipeline = Pipeline(batch_size=32, num_threads=1, device_id=None)
+    with pipeline:
+        views = fn.external_source(lambda: list(pixels[..., None].numpy()), dtype=types.UINT8, ndim=3)
+        contrast = fn.external_source(lambda: contrasts, dtype=types.FLOAT, ndim=0)
+        mean = fn.reductions.mean(views)
+        operator = fn.brightness_contrast(views, contrast=contrast, contrast_center=mean)
+        pipeline.set_outputs(contrasted(views, mean, contrast), operator)
+    ours, theirs = (torch.from_dlpack(each.as_tensor()).float() for each in pipeline.run())
+    assert ours.min() == 0
+    assert ours.max() == 255
+    # They round the product at other places.
+    assert (ours - theirs).abs().max() <= 1
+    assert (ours != theirs).float().mean() < 1e-3
 
 
 @pytest.mark.gpu
