@@ -234,7 +234,7 @@ def shard(
     manifest = result.manifest
     vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
     what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
-    kept = "" if result.built else " (was there already, with these options, and is left as it is)"
+    kept = "" if result.built else " (was there already, of files with these names and sizes, and is left as it is)"
     print(f"{out}: {what}; labels: {vocabulary}{kept}")
     found = manifest.options["source"]
     for name, count in found.get("missing", {}).items():

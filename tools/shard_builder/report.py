@@ -105,11 +105,11 @@ def _bars(counts: Iterable[tuple[str, int]]) -> str:
     return "<table>" + "\n".join(cells) + "</table>"
 
 
-def _table(rows: Iterable[Sequence[str]], total: int) -> str:
-    """The first rows of a table of texts."""
+def _table(rows: Iterable[Sequence[str]], total: int, where: str = "manifest.json lists them all") -> str:
+    """The first rows of a table of texts, and `where` the others are."""
     shown = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in islice(rows, MOST)]
     more = (
-        f"<p>{total - len(shown):,} more: manifest.json lists what was left out.</p>"
+        f"<p>{total - len(shown):,} more: {where}.</p>"
         if total > len(shown)
         else ""
     )
@@ -123,7 +123,8 @@ def _copies(groups: Sequence[Sequence[Entry]]) -> str:
 
     def listed(groups: Sequence[Sequence[Entry]]) -> str:
         texts = ([f"{as_text(each.source)} ({each.category})" for each in group] for group in groups)
-        return _table((["; ".join(text[:8]) + (" …" if len(text) > 8 else "")] for text in texts), len(groups))
+        rows = (["; ".join(text[:8]) + (" …" if len(text) > 8 else "")] for text in texts)
+        return _table(rows, len(groups), "manifest.json lists them all where --duplicates leaves copies out")
 
     found = [
         f"<h3>{len(part):,} {what}</h3>{listed(part)}"
