@@ -20,12 +20,12 @@ def encoder(stem: Stem = "3x3", channels: int = 1) -> ResNet:
     """A ResNet-18 that maps images (N, C, H, W) to features (N, 512): torchvision's, with `fc` the identity.
 
     `stem` is its first convolution: `7x7` with stride 2 as torchvision builds it, `3x3` with stride 1 as the
-    paper has it. The rest, max-pool included, is unchanged. Weights are drawn from torch's global generator.
+    paper has it. The rest, max-pool included, is unchanged. Weights are drawn from torch's global generator, those of
+    the first convolution as torch draws them by default, because the released code puts a new one in.
     """
     network = resnet18(weights=None)
     kernel, stride = (3, 1) if stem == "3x3" else (7, 2)
     network.conv1 = nn.Conv2d(channels, 64, kernel, stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.fc = nn.Identity()
     return network
 
