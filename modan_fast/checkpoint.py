@@ -202,28 +202,41 @@ def load_encoder(source: Path) -> ResNet:
 
 
 def load_imagenet(path: Path | None, stem: Stem, *, sum_filters: bool, channels: int = 1) -> ResNet:
-    """A ResNet-18 with torchvision's ImageNet weights, from a file, or else from torchvision, which downloads them.
+    """A ResNet-18 with torchvision's ImageNet weights. See `models.start_from_imagenet` and `imagenet_weights`.
 
-    See `models.start_from_imagenet`. Raises `InputError` where there are none, or none of a ResNet-18.
+    Raises `InputError` where there are none, or none of a ResNet-18.
     """
     encoder = models.encoder(stem, channels)
     try:
+        models.start_from_imagenet(encoder, imagenet_weights(path), sum_filters=sum_filters)
+    except InputError:
+        raise
+    except Exception as error:  # a file may hold anything
+        raise _no_resnet(path, error) from error
+    return encoder
+
+
+def imagenet_weights(path: Path | None) -> dict[str, Tensor]:
+    """The tensors of a file, or else torchvision's for ImageNet, which it downloads; `InputError` if there are none."""
+    try:
         if path is None:
-            weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-        elif path.suffix == ".safetensors":
-            weights = safetensors.torch.load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        models.start_from_imagenet(encoder, weights, sum_filters=sum_filters)
+            return dict(ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False))
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a file may be anything, and a download may fail in any way
-        reason = " ".join(str(error).split())[:200]
         if path is None:
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"torchvision's ImageNet weights cannot be fetched ({reason}): download resnet18-f37072fd.pth and "
                 "name it with --imagenet-weights"
             ) from error
-        raise InputError(f"{path} holds no weights of torchvision's ResNet-18 ({reason})") from error
-    return encoder
+        raise _no_resnet(path, error) from error
+
+
+def _no_resnet(path: Path | None, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{path or 'torchvision'} holds no weights of torchvision's ResNet-18 ({reason})")
 
 
 def read_json(path: Path) -> dict[str, Any]:

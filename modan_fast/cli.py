@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -234,7 +235,9 @@ def shard(
     manifest = result.manifest
     vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
     what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
-    kept = "" if result.built else " (was there already, of files with these names and sizes, and is left as it is)"
+    kept = (
+        "" if result.built else " (was there already, of files with these names and sizes, and is left as it is)"
+    )
     print(f"{out}: {what}; labels: {vocabulary}{kept}")
     found = manifest.options["source"]
     for name, count in found.get("missing", {}).items():
@@ -361,7 +364,7 @@ def evaluate(given: dict[str, Any]) -> None:
     settings = config.EvaluateConfig(**given)
     with progress() as report:
         judge(settings, report)
-    print_aucs(settings.out, auc_table(settings.out / "predictions.csv"))
+    print_aucs(settings.out, auc_table(settings.out))
 
 
 @app.command()
@@ -384,11 +387,11 @@ def report(
 
 def print_aucs(results: Path, rows: Iterable[Any]) -> None:
     """Print the AUC table of a results folder; what cannot be computed is a dash."""
-    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI", title=str(results))
+    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI", title=escape(str(results)))
     for row in rows:
         interval = "–" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
         numbers = ("–" if row.mean is None else f"{row.mean:.3f}", interval)
-        table.add_row(row.task, row.recipe, row.protocol, row.init, str(row.repeats), *numbers)
+        table.add_row(escape(row.task), row.recipe, row.protocol, escape(row.init), str(row.repeats), *numbers)
     Console().print(table)
 
 
@@ -407,7 +410,7 @@ def demo(
 
     with progress() as report:
         made = run(out, overwrite=overwrite, report=report)
-    print_aucs(made.results, auc_table(made.results / "predictions.csv"))
+    print_aucs(made.results, auc_table(made.results))
     print(f"""
 These figures say nothing about medicine: the images are drawn, and so short a training hardly moves them.
 What was made:

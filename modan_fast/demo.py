@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -58,7 +59,12 @@ def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made
     Raises `InputError` where `out` holds other things; with `overwrite` a demo's own parts are made anew.
     """
     parts = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
-    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - set(parts)):
+    # What a stopped one leaves of a part, beside it.
+    unfinished = re.compile(r"\.(archive|lesion|shards|run)\..+")
+    if out.exists() and (
+        not out.is_dir()
+        or any(path.name not in parts and not unfinished.fullmatch(path.name) for path in out.iterdir())
+    ):
         raise InputError(f"{out} exists and is no folder of a demo: name another one with --out")
     made = Made(*(out / part for part in parts))
     if overwrite:
@@ -71,7 +77,8 @@ def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made
         phantom_task(made.task, images=TASK_IMAGES, size=96, report=report)
     build(made.archive, made.shards, BuildOptions(size=SIZE), report=report)
     settings = replace(config.pretrain_config(PRETRAINING), shards=str(made.shards), out=made.run)
-    pretrain(settings, resume=(made.run / "checkpoint.pt").exists(), report=report)
+    begun, saved = ((made.run / name).exists() for name in ("config.json", "checkpoint.pt"))
+    pretrain(settings, resume=saved, overwrite=begun and not saved, report=report)
     judged = config.EvaluateConfig(
         task=made.task, init=(str(made.run), "scratch"), out=made.results, **EVALUATION
     )

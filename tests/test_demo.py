@@ -25,7 +25,7 @@ def test_the_demo_leaves_every_part_and_continues_where_it_was(tmp_path, monkeyp
     for path in vars(made).values():
         assert path.exists(), path
     assert finished_epochs(made.run) == 1
-    assert {(row.init, row.protocol) for row in auc_table(made.results / "predictions.csv")} == {
+    assert {(row.init, row.protocol) for row in auc_table(made.results)} == {
         (init, protocol) for init in ("run", "scratch") for protocol in ("finetune", "probe")
     }
     for picture in (made.contact_sheet, made.embedding):
@@ -39,6 +39,20 @@ def test_the_demo_leaves_every_part_and_continues_where_it_was(tmp_path, monkeyp
     }
     assert demo(tmp_path / "demo") == made
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_what_a_killed_demo_leaves_is_no_reason_to_refuse_it(tmp_path, monkeypatch):
+    class ReachedError(Exception):
+        pass
+
+    def reached(*_, **__):
+        raise ReachedError
+
+    for name in (".archive.part123", ".shards.building"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(module, "phantom_archive", reached)
+    with pytest.raises(ReachedError):
+        demo(tmp_path)
 
 
 def test_a_folder_that_is_no_demo_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import logging
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,12 @@ def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Seri
                 series = Series(task.name, init.name, config.recipe, protocol)
                 if missing := [cell for cell in grid if (series, cell) not in done]:
                     todo[series] = missing
+        if todo and task.made:
+            write_folds(task, folds)
+        _tell_leaks(task, config)
         if not todo:
             return []
 
-        if task.made:
-            write_folds(task, folds)
-        _tell_leaks(task, config)
         results.runs["versions"] = versions()
         results.runs["config"] = to_json(config)
         results.save()
@@ -161,11 +162,16 @@ def _tell_leaks(task: Task, config: EvaluateConfig) -> None:
     """Warn of folds whose test images are given away by train images, and list them beside the results."""
     found = leaks(task)
     path = config.out / f"{task.name}-leakage.csv"
-    path.unlink(missing_ok=True)
+    if path.exists() and not task.patients:
+        # Who was told of patients before would miss them now that nothing names them.
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None)]
+        found += [leak for leak in rows if leak.shared == "patient"]
     if not found:
+        path.unlink(missing_ok=True)
         return
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([Leak._fields, *found])
+        csv.writer(file, lineterminator="\n").writerows([Leak._fields, *sorted(found)])
     log.warning(
         "%s: test images that an image of their train fold gives away: %s (%s); an AUC may be too high",
         task.name,

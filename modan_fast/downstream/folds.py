@@ -48,6 +48,8 @@ def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, 
             listing.sources.setdefault(image, where)
             listing.words[label].add(word)
             if group is not None:
+                if patient is not None and not patient.strip():
+                    raise InputError(f"{where}: the column {group} is empty: name the patient of each image")
                 listing.patients[image] = patient or _patient(group, image, where)
             named[key].append(image)
         classes = {listing.labels[image] for image in named[key]}
@@ -78,6 +80,8 @@ def class_folders(folder: Path, group: str | None, positive: str | None) -> List
     for path in sorted(folder.glob("*/**/*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             image = path.relative_to(folder).as_posix()
+            if not image.isprintable() or image != image.encode(errors="replace").decode():
+                raise InputError(f"{folder}: {image!a} is no name that a fold file can hold: rename it")
             if image.split("/")[0] in names:
                 listing.labels[image] = int(image.split("/")[0] == positive)
                 listing.sources[image] = str(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from modan_fast import models
-from modan_fast.checkpoint import load_encoder, load_imagenet, read_json
+from modan_fast.checkpoint import imagenet_weights, load_encoder, load_imagenet, read_json
 from modan_fast.config import EvaluateConfig, Stem
 from modan_fast.downstream.tasks import Cell
 from shard_builder.settings import InputError
 
+log = logging.getLogger(__name__)
+
+TORCHVISION = Path("torchvision")  # whence come ImageNet's weights where no file is named
 FRESH = ("scratch", "imagenet")  # inits that are no run of ours
 
 
@@ -66,10 +70,17 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
             inits[text] = Init(text, config.stem)
             continue
         if text == "imagenet":
-            inits[text] = imagenet(config)
+            inits[text] = imagenet(
+                config.imagenet_weights, config.stem, config.seed, sum_filters=config.recipe == "paper"
+            )
             continue
         path, sha256, name = paths[text], digests[text], _short_name(paths[text])
-        if name in known:
+        same = (
+            each for each, init in known.items() if (init.get("sha256"), init.get("path")) == (sha256, str(path))
+        )
+        if before := next(same, None):
+            name, taken = before, False
+        elif name in known:
             # The same file with other weights keeps its name, to be refused under it.
             taken = known[name].get("sha256") != sha256 and known[name].get("path") != str(path)
         else:
@@ -77,28 +88,40 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
         if taken or name in FRESH:
             name = text
         encoder = load_encoder(path)
+        if not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
+            raise InputError(f"{path} holds weights that are not finite: its pretraining diverged")
         stem = models.stem_of(encoder.conv1.weight)
         assert stem is not None
         inits[name] = Init(name, stem, encoder.state_dict(), path, sha256, _method(path))
     return list(inits.values())
 
 
-def imagenet(config: EvaluateConfig) -> Init:
-    """The init `imagenet`; what its stem has at random is drawn from the seed, and so the same in all cells."""
-    assert config.stem is not None
+def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> Init:
+    """The init `imagenet`, from a file or else torchvision; its digest is of the weights as they are given.
+
+    What its stem has at random is drawn from the seed, and so the same in all cells. The paper's 3x3 stem has room for
+    none of the filters, which is said.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        encoder = load_imagenet(config.imagenet_weights, config.stem, sum_filters=config.recipe == "paper")
-    state = encoder.state_dict()
-    digest = hashlib.sha256(b"".join(state[key].numpy().tobytes() for key in sorted(state))).hexdigest()
-    return Init("imagenet", config.stem, state, config.imagenet_weights or Path("torchvision"), digest)
+        torch.default_generator.manual_seed(seed)
+        encoder = load_imagenet(path, stem, sum_filters=sum_filters)
+    if sum_filters and stem != "7x7":
+        log.warning(
+            "imagenet: its first convolution is 7x7 and does not fit a %s stem, so that one is random: --stem 7x7 "
+            "keeps it",
+            stem,
+        )
+    given = imagenet_weights(path)
+    digest = hashlib.sha256(b"".join(given[key].numpy().tobytes() for key in sorted(given))).hexdigest()
+    return Init("imagenet", stem, encoder.state_dict(), path or TORCHVISION, digest)
 
 
 def _method(path: Path) -> str | None:
     """How the encoder in a file was pretrained, by its run's config.json or else the file's own metadata."""
     run = path.parent / "config.json"
     if run.is_file():
-        return (read_json(run).get("settings") or {}).get("method")
+        settings = read_json(run).get("settings")
+        return settings.get("method") if isinstance(settings, dict) else None
     with safetensors.safe_open(path, "pt") as file:
         return (file.metadata() or {}).get("method")
 

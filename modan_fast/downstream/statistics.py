@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from modan_fast.downstream.results import COLUMNS, Series, auc
+from modan_fast.downstream.results import COLUMNS, Results, Series, auc
 from modan_fast.downstream.tasks import Cell
 from shard_builder.settings import InputError
 
@@ -118,9 +118,39 @@ def read_predictions(path: Path) -> Predictions:
     }
 
 
-def auc_table(path: Path) -> list[Row]:
-    """`summaries` of a predictions.csv."""
-    return summaries(read_predictions(path))
+def read_finished(folder: Path) -> tuple[Predictions, int]:
+    """The finished repeats in a results folder, and how many trainings of unfinished ones are left out.
+
+    A repeat is finished when each fold of its task has all test images, as runs.json counts them. Predictions without
+    a runs.json are taken as they are. Raises `InputError` where there is nothing finished, and as `read_predictions`.
+    """
+    predictions = read_predictions(folder / "predictions.csv")
+    tasks = Results.open(folder).runs["tasks"] if (folder / "runs.json").exists() else {}
+    finished: dict[Series, dict[Cell, Outcome]] = {}
+    for series, cells in predictions.items():
+        wanted = tasks.get(series.task, {}).get("test_images")
+        repeats = {cell.repeat for cell in cells}
+        if wanted is not None:
+            repeats = {
+                repeat
+                for repeat in repeats
+                if all(
+                    (outcome := cells.get(Cell(repeat, fold))) and len(outcome.labels) == images
+                    for fold, images in enumerate(wanted, start=1)
+                )
+            }
+        if whole := {cell: outcome for cell, outcome in cells.items() if cell.repeat in repeats}:
+            finished[series] = whole
+    if not finished:
+        raise InputError(
+            f"{folder / 'predictions.csv'} has no finished repeat: run the evaluation to its end first"
+        )
+    return finished, sum(map(len, predictions.values())) - sum(map(len, finished.values()))
+
+
+def auc_table(folder: Path) -> list[Row]:
+    """`summaries` of what is finished in a results folder."""
+    return summaries(read_finished(folder)[0])
 
 
 def by_fold(
@@ -149,13 +179,13 @@ def fold_auc(outcome: Outcome) -> float | None:
 
 
 def sensitivity(outcome: Outcome) -> float | None:
-    """Share of the positive images whose score is at least 0.5."""
-    return _share(outcome.scores[outcome.labels == 1] >= THRESHOLD)
+    """Share of the positive images whose score is at least 0.5; None where one is not finite."""
+    return _share(outcome, 1, outcome.scores >= THRESHOLD)
 
 
 def specificity(outcome: Outcome) -> float | None:
-    """Share of the negative images whose score is below 0.5."""
-    return _share(outcome.scores[outcome.labels == 0] < THRESHOLD)
+    """Share of the negative images whose score is below 0.5; None where one is not finite."""
+    return _share(outcome, 0, outcome.scores < THRESHOLD)
 
 
 def summaries(predictions: Predictions) -> list[Row]:
@@ -260,5 +290,7 @@ def _mean(values: NDArray[np.float64]) -> float | None:
     return statistics.fmean(values) if len(values) and np.isfinite(values).all() else None
 
 
-def _share(hits: NDArray[np.bool_]) -> float | None:
-    return float(hits.mean()) if len(hits) else None
+def _share(outcome: Outcome, label: int, hits: NDArray[np.bool_]) -> float | None:
+    """The share of `hits` among the images of a class."""
+    among = hits[outcome.labels == label]
+    return float(among.mean()) if len(among) and np.isfinite(outcome.scores).all() else None

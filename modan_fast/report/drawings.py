@@ -6,6 +6,7 @@ import base64
 import csv
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 from modan_fast.config import ReportConfig
-from modan_fast.downstream.results import CURVE_COLUMNS
+from modan_fast.downstream.results import CURVE_COLUMNS, Series
 from modan_fast.downstream.statistics import Predictions
+from modan_fast.downstream.tasks import Cell
 from modan_fast.machine import pick_device
 from modan_fast.report import figures, tables
 from modan_fast.report.embed import features, pretraining_images, shards_of
 from shard_builder.settings import InputError, Report
+
+FEWEST = 10  # images of a UMAP
 
 
 def draw_roc(folder: Path, predictions: Predictions) -> str:
@@ -54,23 +58,20 @@ def draw_curves(folder: Path, losses: Path, logs: Mapping[str, Sequence[Mapping[
     """Validation loss of the downstream trainings, and loss of the pretrainings."""
     content = ""
     if losses.exists():
-        found: dict[tuple[str, str, str], dict[str, list[list[float]]]] = {}
+        found: dict[Series, dict[Cell, list[float]]] = {}
         with losses.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file, CURVE_COLUMNS):
-                if row["epoch"] == "epoch":
-                    continue
-                cells = found.setdefault((row["task"], row["recipe"], row["protocol"]), {}).setdefault(
-                    row["init"], []
-                )
-                if row["epoch"] == "1":
-                    cells.append([])
-                cells[-1].append(float(row["val_loss"]))
+            for row in islice(csv.reader(file), 1, None):
+                if len(row) == len(CURVE_COLUMNS):
+                    cell = Cell(int(row[4]), int(row[5]))
+                    found.setdefault(Series(*row[:4]), {}).setdefault(cell, []).append(float(row[-1]))
+        grouped: dict[tuple[str, str, str], dict[str, NDArray[np.float64]]] = {}
+        for series, cells in found.items():
+            epochs = max(map(len, cells.values()))  # a killed evaluation leaves its last training short
+            whole = np.array([each for each in cells.values() if len(each) == epochs])
+            grouped.setdefault((series.task, series.recipe, series.protocol), {})[series.init] = whole
         panels = [
-            (
-                f"{task}, {tables.PROTOCOLS[protocol]}, {recipe}",
-                {init: np.array(cells) for init, cells in inits.items()},
-            )
-            for (task, recipe, protocol), inits in sorted(found.items())
+            (f"{task}, {tables.PROTOCOLS[protocol]}, {recipe}", inits)
+            for (task, recipe, protocol), inits in sorted(grouped.items())
         ]
         if panels:
             path = folder / "validation-loss.svg"
@@ -117,6 +118,8 @@ def draw_umap(folder: Path, runs: Mapping[str, Any], recipe: str, config: Report
         )
     except InputError as error:
         return f'<p class="note">No UMAP: {escape(str(error))}</p>'
+    if len(names) < FEWEST:
+        return f'<p class="note">No UMAP: {len(names)} images are too few, it needs {FEWEST}.</p>'
     found, missing = features(runs, recipe, images, pick_device(config.device), report)
     if not found:
         return f'<p class="note">No UMAP: {escape("; ".join(missing))}</p>'

@@ -16,8 +16,7 @@ from torchvision.models import ResNet
 
 from modan_fast import models
 from modan_fast.checkpoint import load_encoder, read_json
-from modan_fast.config import EvaluateConfig, from_json
-from modan_fast.downstream.inits import imagenet
+from modan_fast.downstream.inits import TORCHVISION, imagenet
 from modan_fast.downstream.probe import apply_to_all
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import READ_BATCH
@@ -81,14 +80,16 @@ def _encoder(name: str, init: Mapping[str, Any], runs: Mapping[str, Any], recipe
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             return models.encoder(runs["settings"][recipe]["stem"])
+    path = Path(init["path"])
     if name == "imagenet":
-        settings = {**runs["config"], "recipe": recipe, "stem": init["stem"], "init": [name]}
-        encoder = models.encoder(init["stem"])
-        judged = imagenet(from_json(EvaluateConfig, settings))
+        stem, seed = (runs["settings"][recipe][key] for key in ("stem", "seed"))
+        judged = imagenet(None if path == TORCHVISION else path, stem, seed, sum_filters=recipe == "paper")
+        if judged.sha256 != init["sha256"]:
+            raise InputError(f"{path} has changed since it was judged")
+        encoder = models.encoder(stem)
         assert judged.given is not None
         encoder.load_state_dict(judged.given)
         return encoder
-    path = Path(init["path"])
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != init["sha256"]:
         raise InputError(f"{path} is gone or has changed since it was judged")
     return load_encoder(path)

@@ -14,18 +14,20 @@ from typing import Any
 from modan_fast.checkpoint import write_atomically
 from modan_fast.config import ReportConfig
 from modan_fast.downstream.results import Results
-from modan_fast.downstream.statistics import comparisons, read_predictions, summaries
+from modan_fast.downstream.statistics import comparisons, read_finished, summaries
 from modan_fast.downstream.tasks import Leak, leak_counts
 from modan_fast.report import formats, paper, tables
 from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
 from shard_builder.settings import InputError, Report, silent
 
 NO_RUNS: dict[str, Any] = {"inits": {}, "tasks": {}, "settings": {}, "times": []}
+MARK = '<meta name="generator" content="modan-fast report">'
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{mark}
 <link rel="icon" href="data:,">
 <title>{title}</title>
 <style>
@@ -49,10 +51,11 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
     The same results give the same files. Raises `InputError` where there are no results, or the reference is none
     of their inits. What only the UMAP needs may be missing; the page then says so.
     """
-    predictions = read_predictions(results / "predictions.csv")
-    if not predictions:
-        raise InputError(f"{results / 'predictions.csv'} is empty: run an evaluation first")
+    predictions, unfinished = read_finished(results)
     out = config.out or results
+    page = out / "report.html"
+    if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(f"{page} is of another making: name another folder with --out")
     # Predictions alone make tables and ROC curves.
     runs = Results.open(results).runs if (results / "runs.json").exists() else NO_RUNS
     methods = {init: _method(init, runs) for init in dict.fromkeys(series.init for series in predictions)}
@@ -83,7 +86,7 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
     report("report", 4, 4, "")
 
     sections = [
-        ("Results", "".join(map(formats.to_html, published)) + _leakage(results)),
+        ("Results", "".join(map(formats.to_html, published)) + _unfinished(unfinished) + _leakage(results)),
         ("Statistics", "".join(map(formats.to_html, behind))),
         ("ROC curves", roc),
         ("Pretraining images", umap),
@@ -91,7 +94,8 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
         ("Speed", formats.to_html(times) + speed),
         ("What was judged", _provenance(runs)),
     ]
-    page = PAGE.format(
+    text = PAGE.format(
+        mark=MARK,
         title=f"Encoders judged: {escape(', '.join(dict.fromkeys(row.task for row in rows)))}",
         lead=escape(
             f"{len(methods)} inits, {max(row.repeats for row in rows)} repeats of five folds at most, compared with "
@@ -105,8 +109,8 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
             if content
         ),
     )
-    _write(out / "report.html", page)
-    return out / "report.html"
+    _write(page, text)
+    return page
 
 
 def _reference(asked: str | None, methods: Mapping[str, str | None]) -> str:
@@ -135,6 +139,12 @@ def _log(init: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
         raise InputError(f"{path} is no readable log ({error}): restore it, or move it away") from error
+
+
+def _unfinished(trainings: int) -> str:
+    """That some trainings are of repeats that are not finished."""
+    note = f"The evaluation is not finished: {trainings} trainings of unfinished repeats are left out."
+    return f'<p class="note">{note}</p>' if trainings else ""
 
 
 def _leakage(results: Path) -> str:

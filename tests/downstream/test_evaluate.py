@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from safetensors.torch import load_file, save_file
 
 from modan_fast.config import EvaluateConfig
 from modan_fast.downstream import finetune
@@ -42,7 +44,7 @@ def test_a_separable_task_is_learnt_and_a_random_one_is_not(make_task: MakeTask,
         rates = {"lr": 1e-3, "probe_lr": 1e-2}
         config = settings(task, init=(run,), out=task / "results", epochs=3, batch_size=8, **rates)
         evaluate(config)
-        rows = auc_table(config.out / "predictions.csv")
+        rows = auc_table(config.out)
         assert [row.protocol for row in rows] == ["finetune", "probe"]
         for row in rows:
             assert row.mean is not None
@@ -137,7 +139,7 @@ def test_a_command_killed_halfway_and_run_again_gives_the_same_bytes_and_table(m
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert content(killed) == content(config)
     assert (killed.out / "curves.csv").read_bytes() == (config.out / "curves.csv").read_bytes()
-    [row] = auc_table(killed.out / "predictions.csv")
+    [row] = auc_table(killed.out)
     assert f"{row.mean:.3f}" in again.stdout
 
 
@@ -239,6 +241,14 @@ def test_images_that_train_and_test_share_are_told_and_listed(
     assert {row["shared"] for row in rows} == {"bytes", "patient"}
     assert "2 by the same bytes, 41 by the same patient" in caplog.text
     assert "nodule-leakage.csv" in caplog.text
+    # A later call that names no patients forgets none, and a finished one tells as well.
+    evaluate(replace(config, repeats=2, group=None))
+    with (config.out / "nodule-leakage.csv").open() as file:
+        assert list(csv.DictReader(file)) == rows
+    (config.out / "nodule-leakage.csv").unlink()
+    assert evaluate(config) == []
+    with (config.out / "nodule-leakage.csv").open() as file:
+        assert list(csv.DictReader(file)) == rows
 
 
 def test_a_file_cut_anywhere_is_repaired_to_the_same_bytes(make_task: MakeTask) -> None:
@@ -302,6 +312,7 @@ def test_two_runs_of_one_name_are_named_as_given(made: EvaluateConfig, make_run:
     both = replace(made, init=(str(first), str(second)))
     assert {series.init for series, _ in evaluate(both)} == {str(first), str(second)}
     assert evaluate(both) == []
+    assert evaluate(replace(made, init=(str(first),))) == []  # under the name that it has here
 
 
 def test_a_second_run_of_a_name_leaves_the_first_its_name(made: EvaluateConfig, make_run: MakeRun) -> None:
@@ -319,6 +330,37 @@ def test_an_encoder_file_is_named_after_its_run(made: EvaluateConfig, make_run: 
     assert {series.init for series, _ in trained} == {"mulsupcon/encoder-0200"}
 
 
+def test_an_encoder_that_has_diverged_is_named_before_anything_is_trained(
+    made: EvaluateConfig, make_run: MakeRun
+) -> None:
+    good, bad = make_run("good"), make_run("bad")
+    tensors = load_file(bad / "encoder.safetensors")
+    tensors["layer1.0.conv1.weight"][0, 0] = torch.nan
+    save_file(tensors, bad / "encoder.safetensors")
+    before = content(made)
+    with pytest.raises(InputError, match=r"bad/encoder\.safetensors holds weights that are not finite"):
+        evaluate(replace(made, init=(str(good), str(bad))))
+    assert content(made) == before
+
+
+def test_imagenet_is_judged_under_both_recipes_and_lost_filters_are_told(
+    make_task: MakeTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    one = settings(
+        make_task(), protocol=("probe",), init=("imagenet",), imagenet_weights=tmp_path / "weights.pth"
+    )
+    evaluate(one)
+    assert "does not fit" not in caplog.text
+    evaluate(replace(one, recipe="released-code"))
+    assert {row.recipe for row in auc_table(one.out)} == {"paper", "released-code"}
+    evaluate(replace(one, stem="3x3", out=tmp_path / "other"))
+    assert "its first convolution is 7x7 and does not fit a 3x3 stem, so that one is random" in caplog.text
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="the weights of imagenet .* have changed"):
+        evaluate(replace(one, repeats=2))
+
+
 def test_an_encoder_that_does_not_fit_is_refused(made: EvaluateConfig, make_run: MakeRun) -> None:
     with pytest.raises(InputError, match="no encoder at"):
         evaluate(replace(made, init=("nowhere",)))
@@ -334,7 +376,7 @@ def test_both_recipes_share_a_results_folder(make_task: MakeTask) -> None:
     config = settings(make_task(), protocol=("probe",))
     evaluate(config)
     evaluate(replace(config, recipe="released-code", protocol=("finetune", "probe")))
-    rows = auc_table(config.out / "predictions.csv")
+    rows = auc_table(config.out)
     assert [(row.recipe, row.protocol, row.repeats) for row in rows] == [
         ("paper", "probe", 1),
         ("released-code", "finetune", 1),

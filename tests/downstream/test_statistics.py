@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from modan_fast.downstream.statistics import (
     comparisons,
     fold_auc,
     holm,
+    read_finished,
     read_predictions,
     summaries,
 )
@@ -51,7 +53,7 @@ def test_the_table_equals_values_worked_out_by_hand(tmp_path: Path) -> None:
     path = write(tmp_path, *FULL)
     [folds] = by_fold(read_predictions(path), fold_auc).values()
     assert {repeat: aucs.tolist() for repeat, aucs in folds.items()} == {1: [0.75, 0.5], 2: [1.0, 0.75]}
-    [row] = auc_table(path)
+    [row] = auc_table(path.parent)
     assert (row.task, row.recipe, row.protocol, row.init) == ("nodule", "paper", "probe", "scratch")
     # Repeats 0.625 and 0.875; each is 0.125 from their mean, so the sample deviation is sqrt(2 * 0.125**2).
     assert (row.repeats, row.mean, row.std) == (2, 0.75, pytest.approx(0.1767766952966369))
@@ -65,13 +67,13 @@ def test_the_table_equals_values_worked_out_by_hand(tmp_path: Path) -> None:
 
 
 def test_one_repeat_has_no_deviation(tmp_path: Path) -> None:
-    [row] = auc_table(write(tmp_path, *FULL[:2]))
+    [row] = auc_table(write(tmp_path, *FULL[:2]).parent)
     assert (row.repeats, row.mean, row.std, row.interval) == (1, 0.625, None, None)
 
 
 def test_a_repeat_that_lacks_folds_does_not_count(tmp_path: Path) -> None:
     path = write(tmp_path, *FULL[:3], lines(1, 1, "0 1", "0.1 0.9", init="other"))
-    assert [(row.init, row.repeats, row.mean) for row in auc_table(path)] == [
+    assert [(row.init, row.repeats, row.mean) for row in auc_table(path.parent)] == [
         ("scratch", 1, 0.625),
         ("other", 0, None),
     ]
@@ -80,18 +82,37 @@ def test_a_repeat_that_lacks_folds_does_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("labels", "scores"), [("0 0", "0.1 0.2"), ("0 1", "0.1 nan")])
 def test_what_cannot_be_computed_is_none(tmp_path: Path, labels: str, scores: str) -> None:
     path = write(tmp_path, *FULL[:3], lines(2, 2, labels, scores))
-    [row] = auc_table(path)
+    [row] = auc_table(path.parent)
     assert (row.repeats, row.mean, row.std, row.interval, row.fold_interval) == (2, None, None, None, None)
+    if "nan" in scores:
+        assert (row.sensitivity, row.specificity) == (None, None)
+
+
+def test_repeats_that_an_evaluation_has_not_finished_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, *FULL[:3], lines(2, 2, "0 1", "0.5 0.5"), lines(1, 1, "0 0 1 1", "1 2 3 4", init="other"))
+    task = {"test_images": [4, 2]}
+    runs = {"format": 1, "settings": {}, "tasks": {"nodule": task}, "inits": {}, "times": []}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    finished, left_out = read_finished(tmp_path)
+    assert {
+        series.init: sorted(cells, key=lambda cell: (cell.repeat, cell.fold))
+        for series, cells in finished.items()
+    } == {"scratch": [Cell(1, 1), Cell(1, 2), Cell(2, 1), Cell(2, 2)]}
+    assert left_out == 1
+    task["test_images"] = [4, 2, 3]  # a third fold is still to come
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    with pytest.raises(InputError, match="has no finished repeat: run the evaluation to its end"):
+        read_finished(tmp_path)
 
 
 def test_a_missing_or_damaged_file_is_named_by_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no predictions at"):
-        auc_table(tmp_path / "predictions.csv")
+        auc_table(tmp_path)
     with pytest.raises(InputError, match="line 4: damaged"):
-        auc_table(write(tmp_path, "".join(FULL[0].splitlines(keepends=True)[:2]), "nodule,scr"))
+        auc_table(write(tmp_path, "".join(FULL[0].splitlines(keepends=True)[:2]), "nodule,scr").parent)
     (tmp_path / "predictions.csv").write_text("a,b\n")
     with pytest.raises(InputError, match="line 1: the columns must be"):
-        auc_table(tmp_path / "predictions.csv")
+        auc_table(tmp_path)
 
 
 def predictions_of(aucs: dict[str, list[float]], protocol: str = "probe") -> Predictions:

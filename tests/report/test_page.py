@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -83,6 +84,29 @@ def test_predictions_alone_make_tables_and_roc_curves(results: Path, shards: Pat
     assert "0.000977" in text
     assert "No UMAP" in text
     assert [path.name for path in (results / "figures").iterdir()] == ["roc-breast-paper.svg"]
+
+
+def test_an_unfinished_evaluation_is_told_and_its_last_repeat_left_out(results: Path) -> None:
+    runs = json.loads((results / "runs.json").read_text())
+    runs["tasks"]["breast"]["test_images"] = [12] * 5
+    (results / "runs.json").write_text(json.dumps(runs))
+    for name, kept, half in (("predictions.csv", -5, 0), ("curves.csv", -1, 9)):
+        lines = (results / name).read_text().splitlines(keepends=True)
+        (results / name).write_text("".join(lines[:kept]) + lines[kept][:half])
+    text = write_report(results, PLAIN).read_text()
+    assert "not finished: 5 trainings of unfinished repeats are left out" in text
+
+
+def test_a_page_of_another_making_is_not_replaced_and_few_images_make_no_umap(
+    results: Path, shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(InputError, match=r"report\.html is of another making: name another folder with --out"):
+        write_report(results, replace(PLAIN, out=tmp_path / "site"))
+    assert (tmp_path / "site" / "report.html").read_text() == "<p>mine</p>"
+    text = write_report(results, ReportConfig(shards=shards, samples=3, device="cpu")).read_text()
+    assert "No UMAP: 3 images are too few" in text
 
 
 def test_leaks_that_the_evaluation_found_are_told(results: Path) -> None:

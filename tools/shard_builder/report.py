@@ -108,11 +108,7 @@ def _bars(counts: Iterable[tuple[str, int]]) -> str:
 def _table(rows: Iterable[Sequence[str]], total: int, where: str = "manifest.json lists them all") -> str:
     """The first rows of a table of texts, and `where` the others are."""
     shown = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in islice(rows, MOST)]
-    more = (
-        f"<p>{total - len(shown):,} more: {where}.</p>"
-        if total > len(shown)
-        else ""
-    )
+    more = f"<p>{total - len(shown):,} more: {where}.</p>" if total > len(shown) else ""
     return f"<table>{chr(10).join(shown)}</table>{more}"
 
 
