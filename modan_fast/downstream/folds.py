@@ -18,6 +18,7 @@ SPLITS = ("train", "val", "test")
 IMAGE_COLUMNS = ("filename", "img_dir")
 LABEL_COLUMNS = ("label", "acl_label")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+MASK = re.compile(r"_mask(_\d+)?$")  # the outline of a lesion beside its image
 LABELS = {"benign": 0, "normal": 0, "no": 0, "0": 0, "malignant": 1, "yes": 1, "1": 1}  # by class name
 
 
@@ -60,11 +61,16 @@ def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, 
 
 
 def class_folders(folder: Path, group: str | None, positive: str | None) -> Listing:
-    """The images in a folder of two class folders; a known class name decides which is positive, else the order."""
+    """The images in a folder of two class folders, of which a known name or else the order decides which is positive.
+
+    Or of more, whose names are all known: benign, normal and malignant, as BUSI is shipped. Its masks are no images.
+    """
     if not folder.is_dir():
         raise InputError(f"no task at {folder}: name a folder with --task")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(names) != 2:
+    known = [LABELS.get(name.lower()) for name in names]
+    told = positive is not None or (None not in known and len(set(known)) == 2)  # which of many are positive
+    if len(names) < 2 or (len(names) > 2 and not told):
         found = (
             f"{len(names)} folders ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})" if names else "none"
         )
@@ -73,17 +79,21 @@ def class_folders(folder: Path, group: str | None, positive: str | None) -> List
         )
     if positive is not None and positive not in names:
         raise InputError(f"--positive {positive} is no class folder of {folder}: name {' or '.join(names)}")
-    # The class whose name is known as positive, or beside one known as negative; else the second in order.
-    known = [LABELS.get(name.lower()) for name in names]
-    positive = positive or names[0 if known in ([1, None], [1, 0], [None, 0]) else 1]
-    listing = Listing(words={0: set(names) - {positive}, 1: {positive}})
+    # Of two, the class whose name is known as positive, or beside one known as negative; else the second in order.
+    if positive is not None:
+        positives = {positive}
+    elif len(names) == 2:
+        positives = {names[0 if known in ([1, None], [1, 0], [None, 0]) else 1]}
+    else:
+        positives = {name for name, label in zip(names, known, strict=True) if label == 1}
+    listing = Listing(words={0: set(names) - positives, 1: positives})
     for path in sorted(folder.glob("*/**/*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not MASK.search(path.stem):
             image = path.relative_to(folder).as_posix()
             if not image.isprintable() or image != image.encode(errors="replace").decode():
                 raise InputError(f"{folder}: {image!a} is no name that a fold file can hold: rename it")
             if image.split("/")[0] in names:
-                listing.labels[image] = int(image.split("/")[0] == positive)
+                listing.labels[image] = int(image.split("/")[0] in positives)
                 listing.sources[image] = str(folder)
                 if group is not None:
                     listing.patients[image] = _patient(group, image, str(folder))

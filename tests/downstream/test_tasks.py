@@ -173,6 +173,22 @@ def test_the_positive_class_is_known_by_name_or_named(
     }
 
 
+def test_busi_as_it_is_shipped_is_a_task_and_its_masks_are_no_images(tmp_path: Path) -> None:
+    for name in ("benign", "malignant", "normal"):
+        (tmp_path / "busi" / name).mkdir(parents=True)
+        for number in range(6):
+            for suffix in ("", "_mask", "_mask_1"):
+                Image.new("L", (4, 4), number).save(tmp_path / "busi" / name / f"{name} ({number}){suffix}.png")
+    task = read_task(tmp_path / "busi")
+    assert len(task.images) == 18
+    positive = [image for image, label in zip(task.images, task.labels, strict=True) if label]
+    assert [image.partition("/")[0] for image in positive] == ["malignant"] * 6
+    other = read_task(tmp_path / "busi", positive="normal")
+    assert other.labels.sum() == 6
+    with pytest.raises(InputError, match="--positive odd is no class folder"):
+        read_task(tmp_path / "busi", positive="odd")
+
+
 def test_class_folders_that_cannot_be_divided_are_named(tmp_path: Path) -> None:
     three = write_classes(tmp_path / "three", ("a", "b", "c"), 5)
     with pytest.raises(InputError, match=r"two class folders, and has 3 folders \(a, b, c\)"):
