@@ -94,12 +94,14 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
         ("Speed", formats.to_html(times) + speed),
         ("What was judged", _provenance(runs)),
     ]
+    repeats = max(row.repeats for row in rows)
     text = PAGE.format(
         mark=MARK,
         title=f"Encoders judged: {escape(', '.join(dict.fromkeys(row.task for row in rows)))}",
         lead=escape(
-            f"{len(methods)} inits, {max(row.repeats for row in rows)} repeats of five folds at most, compared with "
-            f"{reference}. Made by modan-fast {runs.get('versions', {}).get('modan_fast', '')} from {results.name}/."
+            f"{len(methods)} inits, at most {repeats} {'repeat' if repeats == 1 else 'repeats'} of five folds, "
+            f"compared with {reference}. Made by modan-fast {runs.get('versions', {}).get('modan_fast', '')} from "
+            f"{results.name}/."
         ),
         style=files("modan_fast.report").joinpath("page.css").read_text(encoding="utf-8"),
         links="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name, content in sections if content),
