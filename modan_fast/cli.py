@@ -346,7 +346,7 @@ def print_profile(settings: config.PretrainConfig) -> None:
         "wait", f"{1000 * found.waits * found.step:.1f}", f"{found.waits:.0%}", "in the step", end_section=True
     )
     table.add_row("a step in training", f"{1000 * found.step:.1f}", "100%")
-    Console().print(table)
+    show(table)
     print(found.verdict)
 
 
@@ -385,6 +385,12 @@ def report(
     print(f"{page}: tables and figures lie beside it in {page.parent / 'tables'} and {page.parent / 'figures'}")
 
 
+def show(table: Table) -> None:
+    """Print a table: as wide as the terminal, and wide enough in a file."""
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)
+
+
 def print_aucs(results: Path, rows: Iterable[Any]) -> None:
     """Print the AUC table of a results folder; what cannot be computed is a dash."""
     table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI", title=escape(str(results)))
@@ -392,7 +398,7 @@ def print_aucs(results: Path, rows: Iterable[Any]) -> None:
         interval = "–" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
         numbers = ("–" if row.mean is None else f"{row.mean:.3f}", interval)
         table.add_row(escape(row.task), row.recipe, row.protocol, escape(row.init), str(row.repeats), *numbers)
-    Console().print(table)
+    show(table)
 
 
 @app.command()
