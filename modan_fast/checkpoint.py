@@ -212,7 +212,7 @@ def load_imagenet(path: Path | None, stem: Stem, *, sum_filters: bool, channels:
     except InputError:
         raise
     except Exception as error:  # a file may hold anything
-        raise _no_resnet(path, error) from error
+        raise _unusable(path, error) from error
     return encoder
 
 
@@ -225,18 +225,17 @@ def imagenet_weights(path: Path | None) -> dict[str, Tensor]:
             return dict(safetensors.torch.load_file(path))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a file may be anything, and a download may fail in any way
-        if path is None:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"torchvision's ImageNet weights cannot be fetched ({reason}): download resnet18-f37072fd.pth and "
-                "name it with --imagenet-weights"
-            ) from error
-        raise _no_resnet(path, error) from error
+        raise _unusable(path, error) from error
 
 
-def _no_resnet(path: Path | None, error: Exception) -> InputError:
+def _unusable(path: Path | None, error: Exception) -> InputError:
     reason = " ".join(str(error).split())[:200]
-    return InputError(f"{path or 'torchvision'} holds no weights of torchvision's ResNet-18 ({reason})")
+    if path is None:
+        return InputError(
+            f"torchvision's ImageNet weights cannot be fetched ({reason}): download resnet18-f37072fd.pth and name it "
+            "with --imagenet-weights"
+        )
+    return InputError(f"{path} holds no weights of torchvision's ResNet-18 ({reason})")
 
 
 def read_json(path: Path) -> dict[str, Any]:

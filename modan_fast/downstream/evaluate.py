@@ -6,7 +6,6 @@ import csv
 import logging
 import time
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,17 @@ from modan_fast.config import EvaluateConfig, Protocol, to_json
 from modan_fast.downstream import finetune, probe
 from modan_fast.downstream.inits import Init, load_inits
 from modan_fast.downstream.results import Results, Series, auc, locked
-from modan_fast.downstream.tasks import Cell, Leak, Task, decode, leak_counts, leaks, read_task, write_folds
+from modan_fast.downstream.tasks import (
+    Cell,
+    Leak,
+    Task,
+    decode,
+    leak_counts,
+    leaks,
+    read_leaks,
+    read_task,
+    write_folds,
+)
 from modan_fast.step import wants_compile
 from shard_builder.settings import Report, silent
 
@@ -164,9 +173,7 @@ def _tell_leaks(task: Task, config: EvaluateConfig) -> None:
     path = config.out / f"{task.name}-leakage.csv"
     if path.exists() and not task.patients:
         # Who was told of patients before would miss them now that nothing names them.
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None)]
-        found += [leak for leak in rows if leak.shared == "patient"]
+        found += [leak for leak in read_leaks(path) if leak.shared == "patient"]
     if not found:
         path.unlink(missing_ok=True)
         return

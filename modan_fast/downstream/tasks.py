@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,6 +173,12 @@ def leaks(task: Task) -> list[Leak]:
                 if marks[row] in trained
             ]
     return found
+
+
+def read_leaks(path: Path) -> list[Leak]:
+    """The leaks in a file that an evaluation has listed them in."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None)]
 
 
 def leak_counts(found: Iterable[Leak]) -> str:

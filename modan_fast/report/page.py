@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from modan_fast.checkpoint import write_atomically
 from modan_fast.config import ReportConfig
 from modan_fast.downstream.results import Results
 from modan_fast.downstream.statistics import comparisons, read_finished, summaries
-from modan_fast.downstream.tasks import Leak, leak_counts
+from modan_fast.downstream.tasks import leak_counts, read_leaks
 from modan_fast.report import formats, paper, tables
 from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
 from shard_builder.settings import InputError, Report, silent
@@ -153,8 +151,7 @@ def _leakage(results: Path) -> str:
     """What the evaluation found of images that train and test share."""
     notes = []
     for path in sorted(results.glob("*-leakage.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            counts = leak_counts(Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None))
+        counts = leak_counts(read_leaks(path))
         task = path.name.removesuffix("-leakage.csv")
         notes.append(
             f"{task}: test images that an image of their train fold gives away: {counts} ({path.name}). "
