@@ -33,6 +33,12 @@ def start(tree, out, *, workers=2, environment=()):
     )
 
 
+def wait_for_packed(process, images):
+    """Read what a build says until it has packed at least so many images, by chunks that end in any order."""
+    packed = (int(line.split()[1]) for line in process.stdout if line.startswith("packing "))
+    next(done for done in packed if done >= images)
+
+
 def undisturbed(tree, out):
     build(tree, out, BuildOptions(size=64, workers=1, samples_per_shard=7))
     return bytes_of(out)
@@ -91,7 +97,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(tree, tmp_path):
 
 def test_spools_of_a_source_that_has_changed_since_are_not_used(tree, tmp_path):
     with start(tree, tmp_path / "set") as process:
-        next(line for line in process.stdout if line.startswith("packing 45 "))
+        wait_for_packed(process, 45)
         process.kill()
     path = tree / "CT/lung/Nodule/CT 1.png"
     before = path.stat()
@@ -104,7 +110,7 @@ def test_spools_of_a_source_that_has_changed_since_are_not_used(tree, tmp_path):
 
 def test_a_damaged_spool_is_packed_again(tree, tmp_path):
     with start(tree, tmp_path / "set") as process:
-        next(line for line in process.stdout if line.startswith("packing 45 "))
+        wait_for_packed(process, 45)
         process.kill()
     spools = sorted((tmp_path / ".set.building").glob("spool-*"))
     for spool, content in zip(
