@@ -137,6 +137,7 @@ def store_batches(
     """Batches of modan-fast's loader, epoch after epoch."""
     opened = open_renderer(
         renderer,
+        canvas=store.canvas,
         size=size,
         batch_size=2 * batch_size,
         device=device,

@@ -28,10 +28,10 @@ from shard_builder.settings import usable_cores
 # Those of `render.dali_stages` but the last, and how many of `render.dali_arguments` each and those before it take.
 STAGES = {
     "copy: cut the crop out": 2,
-    "resample": 4,
-    "jitter: brightness": 5,
-    "jitter: mean": 5,
-    "jitter: contrast": 6,
+    "resample": 3,
+    "jitter: brightness": 4,
+    "jitter: mean": 4,
+    "jitter: contrast": 5,
 }
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     pixels = store.pixels[:batch_size]
     parameters = view_parameters(AUGMENTATION, 0, 0, np.tile(ids, 2), np.repeat([0, 1], batch_size), store.canvas)
     decoder = DaliDecoder(batch_size, cores)
-    renderer = DaliRenderer(size, 2 * batch_size, device, torch.float32, cores, blur=False)
+    renderer = DaliRenderer(size, size, 2 * batch_size, device, torch.float32, cores, blur=False)
 
     def decode() -> None:
         decoder.submit(files[:batch_size])
@@ -61,7 +61,7 @@ def main() -> None:
         renderer.submit(pixels, parameters)
         renderer.collect()
 
-    fed = list(dali_arguments(parameters).items())
+    fed = list(dali_arguments(parameters, size, warp=renderer.warp, blur=False).items())
     rows = list(pixels[..., None].numpy()) * 2
 
     def run(pipeline: Any, inputs: int) -> None:
@@ -84,7 +84,7 @@ def main() -> None:
 
     candidates: dict[str, Callable[[], None]] = {"decode PNG": decode}
     for stages, (title, inputs) in enumerate(STAGES.items(), start=1):
-        pipeline = dali_pipeline(size, 2 * batch_size, device, cores, stages=stages)
+        pipeline = dali_pipeline(size, 2 * batch_size, device, cores, warp=renderer.warp, stages=stages)
         candidates[f"up to {title}"] = partial(run, pipeline, inputs)
     candidates["whole view, to float32"] = render
     measured = in_turn(

@@ -142,6 +142,7 @@ def open_loader(
     )
     renderer = open_renderer(
         config.renderer,
+        canvas=store.canvas,
         size=config.image_size or store.canvas,
         batch_size=config.views * config.batch_size,
         device=device,

@@ -20,7 +20,13 @@ def loader(shards, renderer="torch", batch_size=10, tier="host", threads=2, **se
     opened = open_shards(shards)
     store = open_store(opened, tier=tier, renderer=renderer, device=CPU, batch_size=batch_size, threads=threads)
     made = open_renderer(
-        renderer, size=32, batch_size=2 * batch_size, device=CPU, dtype=torch.float32, threads=threads
+        renderer,
+        canvas=store.canvas,
+        size=32,
+        batch_size=2 * batch_size,
+        device=CPU,
+        dtype=torch.float32,
+        threads=threads,
     )
     return Loader(store, made, Augmentation(), batch_size=batch_size, seed=4, **settings)
 
@@ -48,7 +54,15 @@ def test_on_a_gpu_every_tier_gives_equal_views(shards, renderer):
     gpu, opened, made = torch.device("cuda", 0), open_shards(shards), {}
     for tier in ("gpu", "host", "stream"):
         store = open_store(opened, tier=tier, renderer=renderer, device=gpu, batch_size=10, threads=2)
-        views = open_renderer(renderer, size=32, batch_size=20, device=gpu, dtype=torch.float32, threads=2)
+        views = open_renderer(
+            renderer,
+            canvas=store.canvas,
+            size=32,
+            batch_size=20,
+            device=gpu,
+            dtype=torch.float32,
+            threads=2,
+        )
         loading = Loader(store, views, Augmentation(), batch_size=10, seed=4)
         made[tier] = [batch for epoch in range(3) for batch in loading.epoch(epoch)]
     for batches in zip(*made.values(), strict=True):
