@@ -21,43 +21,61 @@ def jaccard(labels: Tensor) -> Tensor:
     return both_NN / either_NN.clamp(min=1)
 
 
-class Gram(torch.autograd.Function):
-    """The products of all pairs of rows, (V, D) to (V, V), with one matrix product fewer to go back.
+class LogTotal(torch.autograd.Function):
+    """log sum_b exp(z_a . z_b) over all rows b but a, (V, D) to (V,), with one matrix product to go back.
 
-    Autograd does not know that both factors are the same: it makes G z and G' z where (G + G') z is their sum.
+    Autograd does not know that the products are the same from both sides: it makes G z and G' z one by one, where
+    G is their gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, z_VD: Tensor) -> Tensor:
-        ctx.save_for_backward(z_VD)
-        return z_VD @ z_VD.T
+        logits_VV = (z_VD @ z_VD.T).fill_diagonal_(-torch.inf)
+        log_total_V = logits_VV.logsumexp(1)
+        ctx.save_for_backward(z_VD, logits_VV, log_total_V)
+        return log_total_V
 
     @staticmethod
-    def backward(ctx: Any, gradient_VV: Tensor) -> Tensor:
-        (z_VD,) = ctx.saved_tensors
-        return (gradient_VV + gradient_VV.T) @ z_VD
+    def backward(ctx: Any, gradient_V: Tensor) -> Tensor:
+        z_VD, logits_VV, log_total_V = ctx.saved_tensors
+        as_anchor_VV = (logits_VV - log_total_V[:, None]).exp_().mul_(gradient_V[:, None])
+        as_other_VV = (logits_VV - log_total_V).exp_().mul_(gradient_V)
+        return as_anchor_VV.add_(as_other_VV) @ z_VD
+
+
+class Pull(torch.autograd.Function):
+    """sum_ij w_ij x_i . x_j for symmetric w, (N, D) and (N, N) to a scalar; its product is its gradient, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_NN: Tensor) -> Tensor:
+        pulled_ND = weight_NN @ x_ND
+        ctx.save_for_backward(pulled_ND)
+        return (x_ND * pulled_ND).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (pulled_ND,) = ctx.saved_tensors
+        return 2 * gradient * pulled_ND, None
 
 
 def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Tensor:
     """Mean over anchors of the weighted cross-entropy between an anchor's positives and its softmax.
 
-    `weight_NN` holds the weight of a pair of images, 0 for a negative; the other view of an anchor's own image
-    always weighs 1. The sum over an anchor's positives is divided by their count (Eq. 3 of ModAn-MulSupCon;
-    Eq. 2 of Khosla et al. 2020 where all weights are 1).
+    `weight_NN` holds the weight of a pair of images, the same from both sides, 0 for a negative; the other view of an
+    anchor's own image always weighs 1. The sum over an anchor's positives is divided by their count (Eq. 3 of
+    ModAn-MulSupCon; Eq. 2 of Khosla et al. 2020 where all weights are 1). It can be differentiated once.
     """
-    # Only the softmax needs all pairs of views. What pulls an anchor a to its positives p is
-    # sum w_ap z_a.z_p = z_a . sum w_ap z_p, and w is the same for all four pairs of views of two images.
     z_VD = F.normalize(embeddings_VD, dim=1)
-    logits_VV: Tensor = Gram.apply(z_VD * temperature**-0.5)
-    log_total_V = logits_VV.fill_diagonal_(-torch.inf).logsumexp(1)
+    log_total_V = LogTotal.apply(z_VD * temperature**-0.5)
     weight_NN = weight_NN.clone().fill_diagonal_(1)
-    first_ND, second_ND = z_VD.chunk(2)
-    pulled_ND = weight_NN @ (first_ND + second_ND)
-    # Each sum holds the anchor itself, with weight 1 and similarity 1, and so is 1 too large.
-    pull_V = ((z_VD * pulled_ND.repeat(2, 1)).sum(1) - (z_VD * z_VD).sum(1)) / temperature
     total_N = 2 * weight_NN.sum(1) - 1
-    count_N = 2 * (weight_NN > 0).sum(1) - 1
-    return ((total_N.repeat(2) * log_total_V - pull_V) / count_N.repeat(2)).mean()
+    share_N = 1 / (2 * (weight_NN > 0).sum(1, dtype=weight_NN.dtype) - 1)  # of a positive in the mean
+    # Only the softmax needs all pairs of views. What pulls an anchor a to its positives p is sum w_ap z_a.z_p, and
+    # w is the same for all four pairs of views of two images.
+    pull = Pull.apply(sum(z_VD.chunk(2)), weight_NN * (share_N[:, None] + share_N) / 2)
+    # That holds each anchor itself, too, with weight 1.
+    itself = (share_N.repeat(2) * (z_VD * z_VD).sum(1)).sum()
+    return (((share_N * total_N).repeat(2) * log_total_V).sum() - (pull - itself) / temperature) / len(z_VD)
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
