@@ -25,7 +25,8 @@ from modan_fast.render import DaliRenderer, dali_arguments, dali_pipeline
 from modan_fast.store import read_all
 from shard_builder.settings import usable_cores
 
-# Those of `render.dali_stages` but the last, and how many of `render.dali_arguments` each and those before it take.
+# Those of `render.dali_stages` but the last, and how many of `render.dali_arguments` each and those before it take
+# where views are as large as the stored images.
 STAGES = {
     "copy: cut the crop out": 2,
     "resample": 3,
@@ -61,7 +62,7 @@ def main() -> None:
         renderer.submit(pixels, parameters)
         renderer.collect()
 
-    fed = list(dali_arguments(parameters, size, warp=renderer.warp, blur=False).items())
+    fed = list(dali_arguments(parameters, size, warp=True, blur=False).items())
     rows = list(pixels[..., None].numpy()) * 2
 
     def run(pipeline: Any, inputs: int) -> None:
@@ -84,7 +85,7 @@ def main() -> None:
 
     candidates: dict[str, Callable[[], None]] = {"decode PNG": decode}
     for stages, (title, inputs) in enumerate(STAGES.items(), start=1):
-        pipeline = dali_pipeline(size, 2 * batch_size, device, cores, warp=renderer.warp, stages=stages)
+        pipeline = dali_pipeline(size, 2 * batch_size, device, cores, warp=True, stages=stages)
         candidates[f"up to {title}"] = partial(run, pipeline, inputs)
     candidates["whole view, to float32"] = render
     measured = in_turn(

@@ -93,7 +93,7 @@ class PretrainConfig:
     compile: bool | None = option(None, "Compile model and loss with torch.compile; by default on GPUs only.")
     renderer: Renderer = option(
         "auto",
-        "What makes the views: DALI on a GPU where it is installed, and torch on a CPU, where it is as fast.",
+        "What makes the views: DALI on a GPU where it is installed, and torch on a CPU, where it is about as fast.",
     )
     store: Tier = option(
         "auto", "Where decoded pixels are kept: the GPU if they fit, else host memory, else nowhere (stream)."

@@ -1,7 +1,8 @@
 """Contrastive losses over two views of each image, from matrix products only.
 
 N images, K label bits, D embedding dimensions, V = 2N views; row i and row i + N of the embeddings are the two
-views of image i. The value is float32 (float64 for float64 input), computed outside autocast.
+views of image i. The value is float32 (float64 for float64 input), computed outside autocast, and can be
+differentiated once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ def jaccard(labels: Tensor) -> Tensor:
     return both_NN / either_NN.clamp(min=1)
 
 
+def _only_once() -> None:
+    """Refuse a gradient of the gradient, which the functions below would give wrongly."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the loss has no second derivative: call backward without create_graph")
+
+
 class LogTotal(torch.autograd.Function):
     """log sum_b exp(z_a . z_b) over all rows b but a, (V, D) to (V,), with one matrix product to go back.
 
@@ -37,6 +44,7 @@ class LogTotal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_V: Tensor) -> Tensor:
+        _only_once()
         z_VD, logits_VV, log_total_V = ctx.saved_tensors
         as_anchor_VV = (logits_VV - log_total_V[:, None]).exp_().mul_(gradient_V[:, None])
         as_other_VV = (logits_VV - log_total_V).exp_().mul_(gradient_V)
@@ -54,6 +62,7 @@ class Pull(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _only_once()
         (pulled_ND,) = ctx.saved_tensors
         return 2 * gradient * pulled_ND, None
 
@@ -63,16 +72,17 @@ def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Te
 
     `weight_NN` holds the weight of a pair of images, the same from both sides, 0 for a negative; the other view of an
     anchor's own image always weighs 1. The sum over an anchor's positives is divided by their count (Eq. 3 of
-    ModAn-MulSupCon; Eq. 2 of Khosla et al. 2020 where all weights are 1). It can be differentiated once.
+    ModAn-MulSupCon; Eq. 2 of Khosla et al. 2020 where all weights are 1).
     """
     z_VD = F.normalize(embeddings_VD, dim=1)
     log_total_V = LogTotal.apply(z_VD * temperature**-0.5)
     weight_NN = weight_NN.clone().fill_diagonal_(1)
     total_N = 2 * weight_NN.sum(1) - 1
+    first_ND, second_ND = z_VD.chunk(2)
     share_N = 1 / (2 * (weight_NN > 0).sum(1, dtype=weight_NN.dtype) - 1)  # of a positive in the mean
     # Only the softmax needs all pairs of views. What pulls an anchor a to its positives p is sum w_ap z_a.z_p, and
     # w is the same for all four pairs of views of two images.
-    pull = Pull.apply(sum(z_VD.chunk(2)), weight_NN * (share_N[:, None] + share_N) / 2)
+    pull = Pull.apply(first_ND + second_ND, weight_NN * (share_N[:, None] + share_N) / 2)
     # That holds each anchor itself, too, with weight 1.
     itself = (share_N.repeat(2) * (z_VD * z_VD).sum(1)).sum()
     return (((share_N * total_N).repeat(2) * log_total_V).sum() - (pull - itself) / temperature) / len(z_VD)

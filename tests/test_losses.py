@@ -118,3 +118,11 @@ def test_large_embeddings_of_equal_direction_stay_finite():
     value.backward()
     assert value.isfinite()
     assert embeddings.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong(name):
+    embeddings, labels = batch()
+    value = LOSSES[name][0](embeddings.requires_grad_(), labels)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, embeddings, create_graph=True)
