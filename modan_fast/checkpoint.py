@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,13 +15,16 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torchvision.models import ResNet, ResNet18_Weights
 
 from modan_fast import __version__, models
 from modan_fast.config import MAY_CHANGE_ON_RESUME, PretrainConfig, Stem, from_json, to_json
-from modan_fast.shards import ShardSet, first_line
+from modan_fast.shards import ShardSet
 from shard_builder.settings import InputError
+
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -44,6 +47,36 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda at: at.write_text(text, encoding="utf-8"))
 
 
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep every other `what` out of a folder; the system gives the lock back, however this one ends.
+
+    Raises `InputError` where another one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another {what} is writing to {folder}: wait for it, or name another folder with --out"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            (folder / LOCK).unlink()
+        lock.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `InputError`, before any work, where nothing can be written to a folder that may be missing yet."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    why = "is no folder" if not there.is_dir() else "may not be written to"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"nothing can be written to {folder}: {there} {why}; name another one with --out")
+
+
 def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, overwrite: bool) -> bool:
     """Whether `config.run` holds this very run, finished.
 
@@ -54,7 +87,7 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it: pass one of them")
     if not resume and not (run / "config.json").exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
             raise InputError(f"{run} exists and is no run folder: name another one with --out")
         return False
     written = _written(run)
@@ -70,9 +103,10 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
         return True
     if resume:
         return False
+    ways = "--resume continues it, " if (run / "checkpoint.pt").exists() else ""
     raise InputError(
         f"{run} holds a run of {'the same' if same else 'other'} settings ({done} of "
-        f"{written['settings']['epochs']} epochs saved): --resume continues it, --overwrite replaces it"
+        f"{written['settings']['epochs']} epochs saved): {ways}--overwrite replaces it"
     )
 
 
@@ -81,7 +115,10 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
 
     Raises `InputError` where there is no run, or where another setting is given a new value.
     """
-    config = from_json(PretrainConfig, _written(run)["settings"])
+    try:
+        config = from_json(PretrainConfig, _written(run)["settings"])
+    except TypeError as error:  # a value of another type
+        raise InputError(f"{run / 'config.json'} holds no settings ({error}): --overwrite starts anew") from error
     for name, value in given.items():
         fixed = name not in MAY_CHANGE_ON_RESUME or (name == "epochs" and config.schedule == "cosine")
         if fixed and value != getattr(config, name):
@@ -101,9 +138,9 @@ def begin(config: PretrainConfig, shards: ShardSet, *, chosen: Mapping[str, Any]
     run.mkdir(parents=True, exist_ok=True)
     log = run / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-    if resumed_at is None:
-        for path in (run / "checkpoint.pt", *run.glob("encoder*.safetensors")):
-            path.unlink(missing_ok=True)
+    outdated = [run / "checkpoint.pt", *run.glob("encoder*.safetensors")] if resumed_at is None else []
+    for path in (*outdated, *run.glob(".*.[0-9]*")):  # and what a kill has left of a file that was being written
+        path.unlink(missing_ok=True)
     write_atomically(log, lambda at: at.write_text("".join(lines[: resumed_at or 0]), encoding="utf-8"))
     manifest = shards.manifest
     content = {
@@ -150,25 +187,30 @@ def load(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler or its zip reader meets
-        reason = first_line(error)
-        raise InputError(f"{path} is no readable checkpoint ({reason}): --overwrite starts anew") from error
+        raise InputError(f"{path} is no readable checkpoint: --overwrite starts anew") from error
     return state
 
 
 def save_encoder(path: Path, encoder: ResNet, config: PretrainConfig, *, epoch: int) -> None:
-    """Write the backbone as safetensors under torchvision's key names, without `fc`."""
+    """Write the backbone as safetensors under torchvision's key names, without `fc`; equal ones give equal bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
     metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe, "stem": config.stem}
-    write_atomically(path, lambda at: safetensors.torch.save_file(tensors, at, metadata))
+    content = safetensors.torch.save(tensors, metadata)
+    # The library puts the metadata into another order each time. The header's length comes before it.
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = metadata
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(end - 8)
+    write_atomically(path, lambda at: at.write_bytes(content[:8] + text + content[end:]))
 
 
 def finished_epochs(run: Path) -> int:
-    """Epochs of training that a run's encoder has seen; 0 where there is none."""
-    path = run / "encoder.safetensors"
-    if not path.exists():
+    """Epochs of training that a run's encoder has seen; 0 where there is none that can be read."""
+    try:
+        with safetensors.safe_open(run / "encoder.safetensors", "pt") as file:
+            return int(file.metadata()["epoch"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return 0
-    with safetensors.safe_open(path, "pt") as file:
-        return int(file.metadata()["epoch"])
 
 
 def load_encoder(source: Path) -> ResNet:
@@ -183,7 +225,10 @@ def load_encoder(source: Path) -> ResNet:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no readable safetensors file ({error})") from error
+        raise InputError(
+            f"{path} is no readable safetensors file ({error}): give one, or the folder of a run"
+        ) from error
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("fc.")}
     stem = models.stem_of(tensors["conv1.weight"]) if "conv1.weight" in tensors else None
     if stem is None:
         raise InputError(f"{path} holds no ResNet-18 with a 3x3 or 7x7 stem: give the weights of one")
@@ -229,13 +274,14 @@ def imagenet_weights(path: Path | None) -> dict[str, Tensor]:
 
 
 def _unusable(path: Path | None, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())[:200]
     if path is None:
+        reason = " ".join(str(error).split())[:200]
         return InputError(
             f"torchvision's ImageNet weights cannot be fetched ({reason}): download resnet18-f37072fd.pth and name it "
             "with --imagenet-weights"
         )
-    return InputError(f"{path} holds no weights of torchvision's ResNet-18 ({reason})")
+    # What torch says of a file that it cannot read is advice to run code from it.
+    return InputError(f"{path} holds no weights of torchvision's ResNet-18: name resnet18-f37072fd.pth")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -252,6 +298,7 @@ def _written(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"no run to resume at {run}: leave out --resume to start one")
     written = read_json(path)
-    if not {"settings", "shards"} <= written.keys():
+    wanted = {"settings": "epochs", "shards": "fingerprint"}
+    if not all(isinstance(part := written.get(name), dict) and key in part for name, key in wanted.items()):
         raise InputError(f"{run} exists and is no run folder: its config.json is of another program")
     return written

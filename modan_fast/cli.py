@@ -45,6 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 screen = Console(stderr=True)
+CONTINUES = "the same command continues with what is done"
 
 
 def main() -> None:
@@ -129,6 +130,16 @@ def _choice(kind: Any) -> Any:
 
 
 @contextmanager
+def stopped(message: str) -> Iterator[None]:
+    """Says on Ctrl-C what becomes of what was done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"modan-fast: stopped; {message}", file=sys.stderr)
+        raise
+
+
+@contextmanager
 def progress() -> Iterator[Report]:
     """A `Report` that draws a bar for each stage on a terminal, and else prints a line now and then."""
     columns = (
@@ -152,7 +163,8 @@ def progress() -> Iterator[Report]:
     def write(stage: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         first_seen, first_done = stages.setdefault(stage, (now, done))
-        if now - printed.get(stage, first_seen) < 30 and done < total:
+        wait = 30 if stage in printed else 2
+        if now - printed.get(stage, first_seen) < wait and done < total:
             return
         printed[stage] = now
         left = (now - first_seen) / max(done - first_done, 1) * (total - done)
@@ -226,12 +238,8 @@ def shard(
     from shard_builder.inspect import kinds
     from shard_builder.pseudonym import key_beside
 
-    try:
-        with progress() as report:
-            result = build(source, out, BuildOptions(**given), overwrite=overwrite, report=report)
-    except KeyboardInterrupt:
-        print("modan-fast: stopped; the same command continues with what is done", file=sys.stderr)
-        raise
+    with stopped(CONTINUES), progress() as report:
+        result = build(source, out, BuildOptions(**given), overwrite=overwrite, report=report)
     manifest = result.manifest
     vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
     what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
@@ -362,7 +370,7 @@ def evaluate(given: dict[str, Any]) -> None:
     from modan_fast.downstream.statistics import auc_table
 
     settings = config.EvaluateConfig(**given)
-    with progress() as report:
+    with stopped(CONTINUES), progress() as report:
         judge(settings, report)
     print_aucs(settings.out, auc_table(settings.out))
 
@@ -380,7 +388,7 @@ def report(
     """
     from modan_fast.report.page import write_report
 
-    with progress() as draw:
+    with stopped("the same command starts again"), progress() as draw:
         page = write_report(results, config.ReportConfig(**given), draw)
     print(f"{page}: tables and figures lie beside it in {page.parent / 'tables'} and {page.parent / 'figures'}")
 
@@ -414,7 +422,7 @@ def demo(
     from modan_fast.demo import demo as run
     from modan_fast.downstream.statistics import auc_table
 
-    with progress() as report:
+    with stopped(CONTINUES), progress() as report:
         made = run(out, overwrite=overwrite, report=report)
     print_aucs(made.results, auc_table(made.results))
     print(f"""
@@ -447,7 +455,7 @@ def phantom(
     """
     from modan_fast.phantom import phantom_archive
 
-    with progress() as report:
+    with stopped("the same command starts again"), progress() as report:
         images = phantom_archive(out, per_class=per_class, size=size, seed=seed, workers=workers, report=report)
     print(f"{out}: {images:,} synthetic images; modan-fast shard {out} packs them")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -22,10 +23,21 @@ Tier = Literal["auto", "gpu", "host", "stream"]
 Protocol = Literal["finetune", "probe"]
 
 
+LARGEST = {"seed": 2**63 - 1, "image_size": 4096, "threads": 1024}
+
+
 def at_least(name: str, value: float, least: float, why: str = "") -> None:
-    """Raise `InputError` where the setting is smaller than it may be."""
-    if value < least:
+    """Raise `InputError` where the setting is smaller than it may be, or larger than `LARGEST` says."""
+    if not value >= least or value == math.inf:
         raise InputError(f"--{name.replace('_', '-')} must be at least {least}{why and f' ({why})'}, got {value}")
+    if value > LARGEST.get(name, value):
+        raise InputError(f"--{name.replace('_', '-')} must be at most {LARGEST[name]}, got {value}")
+
+
+def above_zero(name: str, value: float) -> None:
+    """Raise `InputError` where the setting is not a positive number."""
+    if not 0 < value < math.inf:
+        raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,9 @@ class PretrainConfig:
     lr: float = option(0.05, "Learning rate after the warm-up.", recipe=True)
     momentum: float = option(0.9, "Momentum of SGD.", recipe=True)
     weight_decay: float = option(1e-4, "Weight decay.", recipe=True)
-    warmup_epochs: int = option(3, "Epochs in which the learning rate rises linearly from 0.01.", recipe=True)
+    warmup_epochs: int = option(
+        3, "Epochs in which the learning rate rises linearly from 0.01, if it is higher.", recipe=True
+    )
     warmup_from: float = option(0.01, "Learning rate at the first step.", hidden=True)
     schedule: Literal["steps", "cosine"] = option(
         "steps", "Decay: a tenth after epochs 700, 800 and 900, or a cosine over all epochs.", recipe=True
@@ -117,8 +131,11 @@ class PretrainConfig:
             at_least("threads", self.threads, 1)
         if self.channels not in (1, 3):
             raise InputError(f"--channels must be 1 or 3, got {self.channels}")
-        if not self.temperature > 0:
-            raise InputError(f"--temperature must be above 0, got {self.temperature}")
+        above_zero("lr", self.lr)
+        above_zero("temperature", self.temperature)
+        at_least("weight_decay", self.weight_decay, 0)
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"--momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 < self.threshold <= 1:
             raise InputError(f"--threshold must be above 0 and at most 1, got {self.threshold}")
 
@@ -223,10 +240,9 @@ class EvaluateConfig:
         at_least("batch_size", self.batch_size, 2, "batch-norm needs two images")
         at_least("seed", self.seed, 0)
         at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
-        for name in ("lr", "probe_lr"):
-            rate = getattr(self, name)
-            if rate is not None and not rate > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be above 0, got {rate}")
+        above_zero("lr", self.lr)
+        if self.probe_lr is not None:
+            above_zero("probe_lr", self.probe_lr)
         if self.group is not None:
             try:
                 re.compile(self.group)
@@ -283,6 +299,8 @@ def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
     def typed(wanted: Any, value: Any) -> Any:
         if isinstance(wanted, types.UnionType):
             return None if value is None else typed(wanted.__args__[0], value)
+        if typing.get_origin(wanted) is Literal and value not in typing.get_args(wanted):
+            raise InputError(f"unknown value {value!r}: it was written by another version of modan-fast")
         if is_dataclass(wanted):
             return from_json(wanted, value)  # type: ignore[arg-type]
         if wanted is Path:

@@ -42,6 +42,8 @@ def compute_type(precision: str, device: torch.device) -> torch.dtype:
     """The type that `precision` names; `auto` is bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."""
     named = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if precision != "auto":
+        if device.type == "cpu" and precision != "float32":
+            log.warning("most CPUs only emulate %s, which takes many times as long as float32", precision)
         return named[precision]
     if device.type != "cuda":
         return torch.float32  # bf16 is emulated on most CPUs, and far slower

@@ -20,7 +20,7 @@ from modan_fast.loader import Batch, open_loader
 from modan_fast.machine import compute_type, peak_memory, pick_device
 from modan_fast.shards import open_shards
 from modan_fast.step import Step
-from shard_builder.settings import Report, silent, usable_cores
+from shard_builder.settings import InputError, Report, silent, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def pretrain(
     if checkpoint.nothing_to_do(config, shards, resume=resume, overwrite=overwrite):
         log.info("%s is finished with these settings and left as it is", run)
         return run
+    checkpoint.check_writable(run)
 
     device = pick_device(config.device)
     dtype = compute_type(config.precision, device)
@@ -65,17 +66,22 @@ def pretrain(
 
     first_epoch, first_step, loss_sum = 0, 0, torch.zeros((), device=device)
     seconds = waited = 0.0  # of the epoch before it was interrupted
-    if resume:
-        state = checkpoint.load(run)
-        first_epoch, first_step, loss_sum = state["epoch"], state["step"], state["loss_sum"].to(device)
-        seconds, waited = state["seconds"], state["waited"]
-        training.load_state(state)
-        # A kill may have come between the checkpoint and the encoder that belongs to it.
-        checkpoint.save_encoder(run / "encoder.safetensors", training.encoder, config, epoch=first_epoch)
-    checkpoint.begin(config, shards, chosen=chosen, resumed_at=first_epoch if resume else None)
+    with checkpoint.locked(run, "training"), _asked_to_stop() as stop:
+        if resume:
+            state = checkpoint.load(run)
+            try:
+                first_epoch, first_step, loss_sum = state["epoch"], state["step"], state["loss_sum"].to(device)
+                seconds, waited = state["seconds"], state["waited"]
+                training.load_state(state)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{run / 'checkpoint.pt'} holds no state of this run: restore it, or --overwrite starts anew"
+                ) from error
+            # A kill may have come between the checkpoint and the encoder that belongs to it.
+            checkpoint.save_encoder(run / "encoder.safetensors", training.encoder, config, epoch=first_epoch)
+        checkpoint.begin(config, shards, chosen=chosen, resumed_at=first_epoch if resume else None)
 
-    total = config.epochs * loader.steps
-    with _asked_to_stop() as stop:
+        total = config.epochs * loader.steps
         for epoch in range(first_epoch, config.epochs):
             clock = EpochClock(device, seconds, waited)
             for step, batch in enumerate(clock.watch(loader.epoch(epoch, first_step)), start=first_step):
@@ -84,9 +90,10 @@ def pretrain(
                 if last or stop.is_set() or clock.time_to_look():
                     loss = loss_sum.item() / (step + 1)
                     if not math.isfinite(loss):
+                        saved = (run / "checkpoint.pt").exists()
+                        kept = f"{run} keeps the last checkpoint" if saved else "nothing was saved yet"
                         raise FloatingPointError(
-                            f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}: try a smaller --lr; "
-                            f"{run} keeps the last checkpoint"
+                            f"the loss is {loss} in epoch {epoch + 1}, step {step + 1}: try a smaller --lr; {kept}"
                         )
                     images = min((step + 1) * config.batch_size, shards.manifest.samples)
                     speed = images * config.views / clock.seconds

@@ -57,7 +57,7 @@ class Profile:
                 f"stage before it is {slowest}. What would help: {REMEDIES[slowest]}."
             )
         longest = max(COMPUTE, key=self.stages.__getitem__)
-        share = self.stages[longest] / sum(self.stages[stage] for stage in COMPUTE)
+        share = self.stages[longest] / self.step
         return (
             f"The training step limits the speed, most of all {longest} ({share:.0%} of it): the device waits for "
             f"data {self.waits:.1%} of the time."

@@ -148,7 +148,7 @@ def rate_at(config: PretrainConfig, step: int, steps: int) -> float:
     return lr_at(
         step,
         peak=config.lr,
-        start=config.warmup_from,
+        start=min(config.warmup_from, config.lr),
         warmup=config.warmup_epochs * steps,
         milestones=[epoch * steps for epoch in config.milestones],
     )

@@ -198,7 +198,19 @@ def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
     here = ("pretrain", "--shards", shards, "--out", tmp_path / "run")
     assert "--batch-size 64 is more than the 48 images" in refused(*here, "--batch-size", 64)
     assert "--batch-size must be at least 2" in refused(*here, "--batch-size", 1)
-    assert "--temperature must be above 0" in refused(*here, "--temperature", 0)
+    for option, value, rule in [
+        ("--temperature", 0, "above 0"),
+        ("--temperature", "inf", "above 0"),
+        ("--lr", "nan", "above 0"),
+        ("--lr", -1, "above 0"),
+        ("--momentum", 1, "at least 0 and below 1"),
+        ("--weight-decay", "nan", "at least 0"),
+        ("--weight-decay", "inf", "at least 0"),
+        ("--seed", 2**63, f"at most {2**63 - 1}"),
+        ("--image-size", 1_000_000, "at most 4096"),
+        ("--threads", 1_000_000, "at most 1024"),
+    ]:
+        assert f"{option} must be {rule}" in refused(*here, option, value)
     assert "'mocov2' is not one of 'mulsupcon', 'simclr'" in refused(*here, "--method", "mocov2")
     assert "--bach-size" in refused(*here, "--bach-size", 8)
     assert "No such command" in refused("pretrian")
@@ -226,7 +238,7 @@ def test_weights_of_another_architecture_are_named(refused, tmp_path, shards):
     assert not (tmp_path / "run").exists()
     (tmp_path / "other").mkdir()
     foreign.rename(tmp_path / "other" / "encoder.safetensors")
-    with pytest.raises(InputError, match="is no ResNet-18: it has an extra fc"):
+    with pytest.raises(InputError, match="is no ResNet-18: it has an extra layer1"):
         load_encoder(tmp_path / "other")
 
 
@@ -273,3 +285,23 @@ def test_the_doctor_tells_what_will_be_done(run):
     code, printed, _ = run("doctor")
     assert code in (0, 1)
     assert "training runs on" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (("evaluate", "--init", "scratch"), "modan_fast.downstream.evaluate.evaluate"),
+        (("demo",), "modan_fast.demo.demo"),
+        (("phantom", "archive"), "modan_fast.phantom.phantom_archive"),
+        (("report", "results"), "modan_fast.report.page.write_report"),
+        (("shard", "archive"), "shard_builder.build.build"),
+    ],
+)
+def test_ctrl_c_is_answered_with_what_the_same_command_will_do(run, monkeypatch, command, work):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupted)
+    code, printed, said = run(*command)
+    assert (code, printed) == (130, "")
+    assert "modan-fast: stopped; the same command" in said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,28 @@ def test_overwrite_replaces_a_run(shards, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["seed"] == 5
 
 
+def test_the_same_run_gives_the_same_bytes_and_a_file_that_others_may_read(finished, shards, tmp_path):
+    run = pretrain(settings(shards, tmp_path / "run"))
+    file, other = run / "encoder.safetensors", finished / "encoder.safetensors"
+    assert file.read_bytes() == other.read_bytes()
+    assert file.stat().st_mode == (run / "config.json").stat().st_mode
+    with safetensors.safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"epoch": "3", "method": "mulsupcon", "recipe": "paper", "stem": "7x7"}
+
+
+def test_a_second_training_in_a_folder_is_refused_while_the_first_is_at_work(shards, tmp_path):
+    config = settings(shards, tmp_path / "run", checkpoint_every=1)
+
+    def meanwhile(stage, done, total, note):
+        if stage == "pretraining" and done > 8:
+            with pytest.raises(InputError, match="another training is writing to .*: wait for it"):
+                pretrain(config, resume=True)
+
+    pretrain(config, report=meanwhile)
+    assert [entry["epoch"] for entry in logged(tmp_path / "run")] == [1, 2, 3]
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 def test_a_folder_that_is_no_run_is_never_written_to(shards, tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="is no run folder"):
@@ -252,8 +275,10 @@ def test_a_batch_larger_than_the_set_is_refused_before_anything_is_written(shard
 def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_checkpoint(shards, tmp_path):
     config = settings(shards, tmp_path / "run", epochs=1)
     pretrain(config)
-    with pytest.raises(FloatingPointError, match="try a smaller --lr"):
+    with pytest.raises(FloatingPointError, match="try a smaller --lr; nothing was saved yet"):
         pretrain(replace(config, epochs=4, lr=1e30), overwrite=True)
+    with pytest.raises(InputError, match=r"\(0 of 4 epochs saved\): --overwrite replaces it"):
+        pretrain(config)
 
 
 def test_a_stop_never_saves_weights_whose_loss_is_not_finite(shards, tmp_path, monkeypatch):
@@ -279,6 +304,11 @@ def test_the_schedule_equals_torchs_linear_warm_up_and_multi_step_decay():
         optimizer.step()
         warm.step()
         steps.step()
+
+
+def test_the_warm_up_of_a_small_learning_rate_never_exceeds_it():
+    config = PretrainConfig(lr=1e-4)
+    assert {rate_at(config, step, steps=5) for step in range(30)} == {1e-4}
 
 
 def test_the_cosine_equals_torchs():
@@ -353,6 +383,53 @@ def test_without_a_compiler_nothing_is_compiled_and_that_is_said(monkeypatch, ca
     assert not wants_compile(True, torch.device("cpu"))
     assert "no C++ compiler" in caplog.text
     assert not wants_compile(None, torch.device("cpu"))
+
+
+def test_a_damaged_encoder_is_made_anew_from_the_checkpoint(finished, shards, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / ".checkpoint.pt.4711").write_bytes(b"left by a kill")
+    (run / "encoder.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match=r"0 of 3 epochs saved\): --resume continues it"):
+        pretrain(settings(shards, run))
+    pretrain(settings(shards, run), resume=True)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in finished.iterdir())
+    assert_same_weights(weights(run), weights(finished))
+
+
+def test_a_state_and_settings_of_something_else_are_named(finished, shards, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    more = replace(settings(shards, run), epochs=9)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for foreign in ({"epoch": 1}, {**state, "model": {}}, [1]):
+        torch.save(foreign, run / "checkpoint.pt")
+        with pytest.raises(InputError, match="holds no state of this run"):
+            pretrain(more, resume=True)
+    config = json.loads((run / "config.json").read_text())
+    for changed, message in [
+        ({"epochs": "many"}, "holds no settings"),
+        ({"method": "mocov2"}, "unknown value 'mocov2'"),
+        ({"beta": 1}, "unknown setting beta"),
+    ]:
+        (run / "config.json").write_text(json.dumps({**config, "settings": {**config["settings"], **changed}}))
+        with pytest.raises(InputError, match=message):
+            resumed_config(run, {})
+    (run / "config.json").write_text('{"settings": 3, "shards": 4}')
+    with pytest.raises(InputError, match="is of another program"):
+        resumed_config(run, {})
+
+
+def test_a_run_below_a_file_is_refused_before_any_image_is_read(shards, tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(InputError, match="notes is no folder; name another one with --out"):
+        pretrain(settings(shards, tmp_path / "notes" / "run"), report=pytest.fail)
+
+
+def test_a_whole_network_of_torchvision_is_an_encoder_without_its_classifier(tmp_path):
+    network = torchvision.models.resnet18()
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "whole.safetensors")
+    encoder = load_encoder(tmp_path / "whole.safetensors")
+    assert torch.equal(encoder.conv1.weight, network.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(encoder.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
 
 
 def test_a_damaged_checkpoint_and_foreign_weights_are_named(finished, tmp_path):

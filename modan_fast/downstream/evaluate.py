@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modan_fast import machine, models
-from modan_fast.checkpoint import versions
+from modan_fast.checkpoint import check_writable, locked, versions
 from modan_fast.config import EvaluateConfig, Protocol, to_json
 from modan_fast.downstream import finetune, probe
 from modan_fast.downstream.inits import Init, load_inits
-from modan_fast.downstream.results import Results, Series, auc, locked
+from modan_fast.downstream.results import Results, Series, auc
 from modan_fast.downstream.tasks import (
     Cell,
     Leak,
@@ -48,13 +48,14 @@ def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Seri
     another task of the same name, or an init whose weights have changed since.
     """
     config = config.resolved()
+    check_writable(config.out)
     device = machine.pick_device(config.device)
     compute_type = machine.compute_type(config.precision, device)
     folds = config.out / "folds" / config.task.resolve().name
     task = read_task(config.task, folds=folds, seed=config.seed, group=config.group, positive=config.positive)
     inits = load_inits(config, Results.open(config.out).runs["inits"])
     settings = {**{name: getattr(config, name) for name in SHAPING}, "precision": PRECISIONS[compute_type]}
-    with locked(config.out):
+    with locked(config.out, "evaluation"):
         results = Results.open(config.out)
         results.admit(config.recipe, settings, task, {init.name: init.record() for init in inits})
         done = results.finished()
@@ -66,15 +67,16 @@ def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Seri
                 series = Series(task.name, init.name, config.recipe, protocol)
                 if missing := [cell for cell in grid if (series, cell) not in done]:
                     todo[series] = missing
-        if todo and task.made:
-            write_folds(task, folds)
-        _tell_leaks(task, config)
         if not todo:
+            _tell_leaks(task, config)
             return []
 
         results.runs["versions"] = versions()
         results.runs["config"] = to_json(config)
         results.save()
+        if task.made:
+            write_folds(task, folds)
+        _tell_leaks(task, config)
         pixels = torch.from_numpy(decode(task, config.image_size, report)).to(device)
         grid_of = Grid(task, pixels, config, compute_type, results, report)
         # A cell gives the same scores each time, so that it does not matter where an evaluation was interrupted.

@@ -8,18 +8,16 @@ import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from modan_fast.checkpoint import read_json, write_atomically, write_json
+from modan_fast.checkpoint import LOCK, read_json, write_atomically, write_json
 from modan_fast.downstream.tasks import Cell, Task
 from shard_builder.settings import InputError
 
@@ -62,6 +60,8 @@ class Results:
         if not path.exists():
             if (folder / "predictions.csv").exists():
                 raise InputError(f"{folder} has predictions.csv but no runs.json: name another with --out")
+            if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+                raise InputError(f"{folder} exists and is no results folder: name another one with --out")
             return cls(folder, {"format": FORMAT, "settings": {}, "tasks": {}, "inits": {}, "times": []})
         runs = read_json(path)
         if runs.get("format") != FORMAT:
@@ -166,26 +166,6 @@ class Results:
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other evaluations out of a results folder; the system gives the lock back, however this one ends.
-
-    Raises `InputError` where another one is at work there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"another evaluation is writing to {folder}: wait for it, or name another folder with --out"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Series, Cell]], list[bytes]]:

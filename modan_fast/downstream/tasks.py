@@ -95,6 +95,8 @@ def read_task(
     """
     made = False
     if (folder / "dataframe").is_dir():
+        if positive is not None:
+            raise InputError(f"--positive is for class folders: the fold files of {folder} say which is positive")
         listing, named = read_folds(folder, folder / "dataframe", group)
     else:
         listing = class_folders(folder, group, positive)

@@ -109,6 +109,8 @@ def _over_epochs(
 
 def draw_umap(folder: Path, runs: Mapping[str, Any], recipe: str, config: ReportConfig, report: Report) -> str:
     """UMAP of the pretraining images, one panel an init, or why there is none."""
+    path = folder / "umap.png"
+    path.unlink(missing_ok=True)  # of other inits or images, it may be
     if not config.samples:
         return ""
     try:
@@ -123,7 +125,6 @@ def draw_umap(folder: Path, runs: Mapping[str, Any], recipe: str, config: Report
     found, missing = features(runs, recipe, images, pick_device(config.device), report)
     if not found:
         return f'<p class="note">No UMAP: {escape("; ".join(missing))}</p>'
-    path = folder / "umap.png"
     figures.embedding(path, list(found.items()), names)
     without = f" Without a panel: {'; '.join(missing)}." if missing else ""
     return _figure(

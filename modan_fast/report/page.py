@@ -9,13 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from modan_fast.checkpoint import write_atomically
+from modan_fast.checkpoint import check_writable, write_atomically
 from modan_fast.config import ReportConfig
 from modan_fast.downstream.results import Results
 from modan_fast.downstream.statistics import comparisons, read_finished, summaries
 from modan_fast.downstream.tasks import leak_counts, read_leaks
 from modan_fast.report import formats, paper, tables
 from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
+from modan_fast.shards import open_shards
 from shard_builder.settings import InputError, Report, silent
 
 NO_RUNS: dict[str, Any] = {"inits": {}, "tasks": {}, "settings": {}, "times": []}
@@ -51,6 +52,9 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
     """
     predictions, unfinished = read_finished(results)
     out = config.out or results
+    check_writable(out)
+    if config.shards:
+        open_shards(config.shards)  # is to be named as it is before any work
     page = out / "report.html"
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
         raise InputError(f"{page} is of another making: name another folder with --out")

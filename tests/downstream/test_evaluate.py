@@ -366,6 +366,18 @@ def test_an_encoder_that_does_not_fit_is_refused(made: EvaluateConfig, make_run:
         evaluate(replace(made, init=("nowhere",)))
 
 
+def test_a_folder_of_other_things_and_a_needless_positive_are_refused(
+    made: EvaluateConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="mine exists and is no results folder"):
+        evaluate(replace(made, out=tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    with pytest.raises(InputError, match="--positive is for class folders"):
+        evaluate(replace(made, positive="yes"))
+
+
 def test_predictions_without_runs_are_refused(made: EvaluateConfig) -> None:
     (made.out / "runs.json").unlink()
     with pytest.raises(InputError, match=r"has predictions\.csv but no runs\.json"):

@@ -57,6 +57,9 @@ def test_the_umap_shows_the_pretraining_images_of_each_init_that_is_left(
     assert "Without a panel: mulsupcon: gone/encoder.safetensors is gone or has changed" in text
     assert min(Image.open(results / "figures" / "umap.png").size) > 300
     assert "name one with --shards" in write_report(results, ReportConfig(samples=20)).read_text()
+    assert not (results / "figures" / "umap.png").exists(), "a figure that the page does not show"
+    with pytest.raises(InputError, match="nowhere"):
+        write_report(results, ReportConfig(shards=tmp_path / "nowhere"))
 
 
 def test_names_cannot_break_the_page(results: Path) -> None:
