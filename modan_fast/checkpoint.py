@@ -139,7 +139,10 @@ def begin(config: PretrainConfig, shards: ShardSet, *, chosen: Mapping[str, Any]
     log = run / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     outdated = [run / "checkpoint.pt", *run.glob("encoder*.safetensors")] if resumed_at is None else []
-    for path in (*outdated, *run.glob(".*.[0-9]*")):  # and what a kill has left of a file that was being written
+    # What a kill has left of a file that was being written: see `write_atomically`.
+    names = ("config.json", "log.jsonl", "checkpoint.pt", "encoder*.safetensors")
+    halves = (half for name in names for half in run.glob(f".{name}.*"))
+    for path in (*outdated, *halves):
         path.unlink(missing_ok=True)
     write_atomically(log, lambda at: at.write_text("".join(lines[: resumed_at or 0]), encoding="utf-8"))
     manifest = shards.manifest
