@@ -178,6 +178,7 @@ def test_missing_damaged_and_foreign_shards_are_told_apart(refused, shards, tmp_
     manifest = json.loads((newer / "manifest.json").read_text())
     (newer / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
     assert "written by format 2, this version reads 1" in refused("pretrain", "--shards", newer)
+    assert "written by format 2, this version reads 1" in refused("verify", newer)
     damaged = shutil.copytree(shards, tmp_path / "damaged")
     content = (damaged / "shard-000001.tar").read_bytes()
     (damaged / "shard-000001.tar").write_bytes(content[:-512])

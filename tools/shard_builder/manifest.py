@@ -22,6 +22,10 @@ Codec = Literal["png", "jpeg", "raw"]
 EXTENSIONS: dict[Codec, str] = {"png": "png", "jpeg": "jpg", "raw": "raw"}  # of the image members
 
 
+class OtherFormatError(InputError):
+    """A set of another format version: whole, it may be, but not for this program to say."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar: its file name, how many samples and bytes it has, and the SHA-256 of these bytes."""
@@ -164,7 +168,7 @@ def _from_json(found: Any, place: str) -> Manifest:
 
     need(isinstance(found, dict), "all of it", "an object")
     if (version := found.get("format")) != FORMAT or type(version) is not int:
-        raise InputError(
+        raise OtherFormatError(
             f"{place}: written by format {version}, this version reads {FORMAT}: shard the source again, or use "
             "the version of modan-fast that wrote it"
         )

@@ -15,7 +15,7 @@ from PIL import Image
 from shard_builder.image import ImageError, check_png
 from shard_builder.index import parse_index
 from shard_builder.labels import multi_hot
-from shard_builder.manifest import EXTENSIONS, NAME, Manifest, Shard
+from shard_builder.manifest import EXTENSIONS, NAME, Manifest, OtherFormatError, Shard
 from shard_builder.settings import InputError, Report, silent, usable_cores
 from shard_builder.workers import Job, workers_of
 from shard_builder.writer import member_header, tar_end
@@ -40,10 +40,12 @@ def verify(folder: Path, *, workers: int | None = None, report: Report = silent)
 
     Of each shard: its size and SHA-256, each entry of its index, each member's place, header and padding, each
     image's checksums and, decoded, its size, and that labels and target are those of the `.json`. Raises
-    `InputError` where there is no shard set.
+    `InputError` where there is no shard set, or one of another format version.
     """
     try:
         manifest = Manifest.load(folder)
+    except OtherFormatError:
+        raise
     except InputError as error:
         if not (folder / NAME).is_file():
             raise

@@ -186,7 +186,13 @@ def _dask(address: str) -> Iterator[Workers]:
         from distributed import Client, KilledWorker
     except ImportError:
         raise InputError("--dask needs Dask: pip install 'modan-fast[dask]'") from None
-    with Client(address) as client:
+    try:
+        client = Client(address)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no scheduler answers at {address} ({error}): give the address that it tells"
+        ) from error
+    with client:
         threads = sum(client.nthreads().values())
         if not threads:
             raise InputError(
