@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,66 +14,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torchvision.models import ResNet, ResNet18_Weights
 
 from modan_fast import __version__, models
 from modan_fast.config import MAY_CHANGE_ON_RESUME, PretrainConfig, Stem, from_json, to_json
+from modan_fast.folder import is_new, read_json, write_atomically, write_json
 from modan_fast.shards import ShardSet
 from shard_builder.settings import InputError
-
-LOCK = ".lock"
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary path beside `path`, then put the result in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        with open(beside, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda at: at.write_text(text, encoding="utf-8"))
-
-
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keep every other `what` out of a folder; the system gives the lock back, however this one ends.
-
-    Raises `InputError` where another one is at work there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"another {what} is writing to {folder}: wait for it, or name another folder with --out"
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows removes no open file
-            (folder / LOCK).unlink()
-        lock.release()
-
-
-def check_writable(folder: Path) -> None:
-    """Raise `InputError`, before any work, where nothing can be written to a folder that may be missing yet."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    why = "is no folder" if not there.is_dir() else "may not be written to"
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"nothing can be written to {folder}: {there} {why}; name another one with --out")
 
 
 def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, overwrite: bool) -> bool:
@@ -87,7 +34,7 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it: pass one of them")
     if not resume and not (run / "config.json").exists():
-        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
+        if not is_new(run):
             raise InputError(f"{run} exists and is no run folder: name another one with --out")
         return False
     written = _written(run)
@@ -285,14 +232,6 @@ def _unusable(path: Path | None, error: Exception) -> InputError:
         )
     # What torch says of a file that it cannot read is advice to run code from it.
     return InputError(f"{path} holds no weights of torchvision's ResNet-18: name resnet18-f37072fd.pth")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `InputError` where it is damaged."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is no readable JSON object ({error}): restore it, or move it away") from error
 
 
 def _written(run: Path) -> dict[str, Any]:

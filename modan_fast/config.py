@@ -26,7 +26,7 @@ Protocol = Literal["finetune", "probe"]
 LARGEST = {"seed": 2**63 - 1, "image_size": 4096, "threads": 1024}
 
 
-def at_least(name: str, value: float, least: float, why: str = "") -> None:
+def in_range(name: str, value: float, least: float, why: str = "") -> None:
     """Raise `InputError` where the setting is smaller than it may be, or larger than `LARGEST` says."""
     if not value >= least or value == math.inf:
         raise InputError(f"--{name.replace('_', '-')} must be at least {least}{why and f' ({why})'}, got {value}")
@@ -119,21 +119,21 @@ class PretrainConfig:
     checkpoint_every: int = option(10, "Epochs between two checkpoints.")
 
     def __post_init__(self) -> None:
-        at_least("epochs", self.epochs, 1)
-        at_least("batch_size", self.batch_size, 2, "a contrast needs a negative")
-        at_least("warmup_epochs", self.warmup_epochs, 0)
-        at_least("checkpoint_every", self.checkpoint_every, 1)
-        at_least("seed", self.seed, 0)
-        at_least("shuffle_window", self.shuffle_window, 1)
+        in_range("epochs", self.epochs, 1)
+        in_range("batch_size", self.batch_size, 2, "a contrast needs a negative")
+        in_range("warmup_epochs", self.warmup_epochs, 0)
+        in_range("checkpoint_every", self.checkpoint_every, 1)
+        in_range("seed", self.seed, 0)
+        in_range("shuffle_window", self.shuffle_window, 1)
         if self.image_size is not None:
-            at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
+            in_range("image_size", self.image_size, 32, "a ResNet halves it five times")
         if self.threads is not None:
-            at_least("threads", self.threads, 1)
+            in_range("threads", self.threads, 1)
         if self.channels not in (1, 3):
             raise InputError(f"--channels must be 1 or 3, got {self.channels}")
         above_zero("lr", self.lr)
         above_zero("temperature", self.temperature)
-        at_least("weight_decay", self.weight_decay, 0)
+        in_range("weight_decay", self.weight_decay, 0)
         if not 0 <= self.momentum < 1:
             raise InputError(f"--momentum must be at least 0 and below 1, got {self.momentum}")
         if not 0 < self.threshold <= 1:
@@ -236,10 +236,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("repeats", "epochs"):
-            at_least(name, getattr(self, name), 1)
-        at_least("batch_size", self.batch_size, 2, "batch-norm needs two images")
-        at_least("seed", self.seed, 0)
-        at_least("image_size", self.image_size, 32, "a ResNet halves it five times")
+            in_range(name, getattr(self, name), 1)
+        in_range("batch_size", self.batch_size, 2, "batch-norm needs two images")
+        in_range("seed", self.seed, 0)
+        in_range("image_size", self.image_size, 32, "a ResNet halves it five times")
         above_zero("lr", self.lr)
         if self.probe_lr is not None:
             above_zero("probe_lr", self.probe_lr)
@@ -274,7 +274,7 @@ class ReportConfig:
     device: Device = option("auto", "Where to compute features; a GPU if there is one.")
 
     def __post_init__(self) -> None:
-        at_least("samples", self.samples, 0)
+        in_range("samples", self.samples, 0)
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from modan_fast import checkpoint
 from modan_fast.config import PretrainConfig
+from modan_fast.folder import check_writable, locked
 from modan_fast.loader import Batch, open_loader
 from modan_fast.machine import compute_type, peak_memory, pick_device
 from modan_fast.shards import open_shards
@@ -42,7 +43,7 @@ def pretrain(
     if checkpoint.nothing_to_do(config, shards, resume=resume, overwrite=overwrite):
         log.info("%s is finished with these settings and left as it is", run)
         return run
-    checkpoint.check_writable(run)
+    check_writable(run)
 
     device = pick_device(config.device)
     dtype = compute_type(config.precision, device)
@@ -66,7 +67,7 @@ def pretrain(
 
     first_epoch, first_step, loss_sum = 0, 0, torch.zeros((), device=device)
     seconds = waited = 0.0  # of the epoch before it was interrupted
-    with checkpoint.locked(run, "training"), _asked_to_stop() as stop:
+    with locked(run, "training"), _asked_to_stop() as stop:
         if resume:
             state = checkpoint.load(run)
             try:

@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOW = ["config", "shards", "decode", "stream", "store", "machine", "augment", "render", "loader", "losses"]
-FLOW += ["models", "checkpoint", "step", "pretrain", "profile", "downstream", "report", "phantom", "demo"]
+FLOW += [
+    "models",
+    "folder",
+    "checkpoint",
+    "step",
+    "pretrain",
+    "profile",
+    "downstream",
+    "report",
+    "phantom",
+    "demo",
+]
 SCREEN = {"cli", "__main__"}
 BUILDER = {"shard_builder.manifest", "shard_builder.settings"}
 MODULES = sorted((ROOT / "modan_fast").rglob("*.py"))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modan_fast import machine, models
-from modan_fast.checkpoint import check_writable, locked, versions
+from modan_fast.checkpoint import versions
 from modan_fast.config import EvaluateConfig, Protocol, to_json
 from modan_fast.downstream import finetune, probe
 from modan_fast.downstream.inits import Init, load_inits
@@ -30,6 +30,7 @@ from modan_fast.downstream.tasks import (
     read_task,
     write_folds,
 )
+from modan_fast.folder import check_writable, locked
 from modan_fast.step import wants_compile
 from shard_builder.settings import Report, silent
 

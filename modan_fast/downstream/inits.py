@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from modan_fast import models
-from modan_fast.checkpoint import imagenet_weights, load_encoder, load_imagenet, read_json
+from modan_fast.checkpoint import imagenet_weights, load_encoder, load_imagenet
 from modan_fast.config import EvaluateConfig, Stem
 from modan_fast.downstream.tasks import Cell
+from modan_fast.folder import read_json
 from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from modan_fast.checkpoint import LOCK, read_json, write_atomically, write_json
 from modan_fast.downstream.tasks import Cell, Task
+from modan_fast.folder import is_new, read_json, write_atomically, write_json
 from shard_builder.settings import InputError
 
 FORMAT = 1
@@ -60,7 +60,7 @@ class Results:
         if not path.exists():
             if (folder / "predictions.csv").exists():
                 raise InputError(f"{folder} has predictions.csv but no runs.json: name another with --out")
-            if folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+            if not is_new(folder):
                 raise InputError(f"{folder} exists and is no results folder: name another one with --out")
             return cls(folder, {"format": FORMAT, "settings": {}, "tasks": {}, "inits": {}, "times": []})
         runs = read_json(path)

@@ -22,6 +22,7 @@ from modan_fast.downstream.tasks import Cell
 from modan_fast.machine import pick_device
 from modan_fast.report import figures, tables
 from modan_fast.report.embed import features, pretraining_images, shards_of
+from modan_fast.shards import ShardSet
 from shard_builder.settings import InputError, Report
 
 FEWEST = 10  # images of a UMAP
@@ -107,14 +108,21 @@ def _over_epochs(
     return [(init, {"": np.array([[line[name] for line in log]], np.float64)}) for init, log in logs.items()]
 
 
-def draw_umap(folder: Path, runs: Mapping[str, Any], recipe: str, config: ReportConfig, report: Report) -> str:
-    """UMAP of the pretraining images, one panel an init, or why there is none."""
+def draw_umap(
+    folder: Path,
+    runs: Mapping[str, Any],
+    recipe: str,
+    shards: ShardSet | None,
+    config: ReportConfig,
+    report: Report,
+) -> str:
+    """UMAP of the pretraining images, of `shards` or else the inits' own, one panel an init, or why there is none."""
     path = folder / "umap.png"
     path.unlink(missing_ok=True)  # of other inits or images, it may be
     if not config.samples:
         return ""
     try:
-        shards = shards_of(runs, config.shards)
+        shards = shards or shards_of(runs)
         images, names = pretraining_images(
             shards, config.samples, runs["settings"].get(recipe, {}).get("image_size", 224)
         )

@@ -15,9 +15,10 @@ from torch import Tensor
 from torchvision.models import ResNet
 
 from modan_fast import models
-from modan_fast.checkpoint import load_encoder, read_json
+from modan_fast.checkpoint import load_encoder
 from modan_fast.downstream.inits import TORCHVISION, imagenet
 from modan_fast.downstream.probe import apply_to_all
+from modan_fast.folder import read_json
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import READ_BATCH
 from modan_fast.stream import Stream
@@ -40,13 +41,11 @@ def pretraining_images(shards: ShardSet, samples: int, size: int) -> tuple[Tenso
     return torch.from_numpy(np.stack(pixels))[:, None], names
 
 
-def shards_of(runs: Mapping[str, Any], given: Path | None) -> ShardSet:
-    """The shard set `given`, or else the one that the first run among the inits was trained on.
+def shards_of(runs: Mapping[str, Any]) -> ShardSet:
+    """The shard set that the first run among the inits was trained on.
 
     Raises `InputError` where there is none, or none any more.
     """
-    if given is not None:
-        return open_shards(given)
     for init in runs["inits"].values():
         config = Path(init.get("path", "")).parent / "config.json"
         if init.get("shards") and config.is_file():

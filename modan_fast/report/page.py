@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from modan_fast.checkpoint import check_writable, write_atomically
 from modan_fast.config import ReportConfig
 from modan_fast.downstream.results import Results
 from modan_fast.downstream.statistics import comparisons, read_finished, summaries
 from modan_fast.downstream.tasks import leak_counts, read_leaks
+from modan_fast.folder import check_writable, write_atomically
 from modan_fast.report import formats, paper, tables
 from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
 from modan_fast.shards import open_shards
@@ -53,8 +53,7 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
     predictions, unfinished = read_finished(results)
     out = config.out or results
     check_writable(out)
-    if config.shards:
-        open_shards(config.shards)  # is to be named as it is before any work
+    shards = open_shards(config.shards) if config.shards else None
     page = out / "report.html"
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
         raise InputError(f"{page} is of another making: name another folder with --out")
@@ -84,7 +83,7 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
     learning = draw_curves(out / "figures", results / "curves.csv", logs)
     speed = draw_speed(out / "figures", logs)
     report("report", 3, 4, "UMAP")
-    umap = draw_umap(out / "figures", runs, next(iter(predictions)).recipe, config, report)
+    umap = draw_umap(out / "figures", runs, next(iter(predictions)).recipe, shards, config, report)
     report("report", 4, 4, "")
 
     sections = [
