@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from modan_fast.config import Augmentation
 from modan_fast.decode import dali_installed
 from modan_fast.loader import Loader
-from modan_fast.render import open_renderer
+from modan_fast.render import Rendering, open_renderer
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import Memory, Store, read_all
 from modan_fast.stream import Stream
@@ -137,12 +137,14 @@ def store_batches(
     """Batches of modan-fast's loader, epoch after epoch."""
     opened = open_renderer(
         renderer,
-        canvas=store.canvas,
-        size=size,
-        batch_size=2 * batch_size,
-        device=device,
-        dtype=torch.float32,
-        threads=usable_cores(),
+        Rendering(
+            canvas=store.canvas,
+            size=size,
+            batch_size=2 * batch_size,
+            device=device,
+            dtype=torch.float32,
+            threads=usable_cores(),
+        ),
     )
     loader = Loader(store, opened, AUGMENTATION, batch_size=batch_size, drop_last=True)
     for batch in loader.endless():

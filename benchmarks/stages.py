@@ -21,7 +21,7 @@ from loader import AUGMENTATION, members, shards_or_made
 
 from modan_fast.augment import view_parameters
 from modan_fast.decode import DaliDecoder
-from modan_fast.render import DaliRenderer, dali_arguments, dali_pipeline
+from modan_fast.render import DaliRenderer, Rendering, dali_arguments, dali_pipeline
 from modan_fast.store import read_all
 from shard_builder.settings import usable_cores
 
@@ -52,7 +52,8 @@ def main() -> None:
     pixels = store.pixels[:batch_size]
     parameters = view_parameters(AUGMENTATION, 0, 0, np.tile(ids, 2), np.repeat([0, 1], batch_size), store.canvas)
     decoder = DaliDecoder(batch_size, cores)
-    renderer = DaliRenderer(size, size, 2 * batch_size, device, torch.float32, cores, blur=False)
+    rendering = Rendering(size, size, 2 * batch_size, device, torch.float32, cores)
+    renderer = DaliRenderer(rendering)
 
     def decode() -> None:
         decoder.submit(files[:batch_size])
@@ -62,7 +63,7 @@ def main() -> None:
         renderer.submit(pixels, parameters)
         renderer.collect()
 
-    fed = list(dali_arguments(parameters, size, warp=True, blur=False).items())
+    fed = list(dali_arguments(parameters, rendering).items())
     rows = list(pixels[..., None].numpy()) * 2
 
     def run(pipeline: Any, inputs: int) -> None:
@@ -85,7 +86,7 @@ def main() -> None:
 
     candidates: dict[str, Callable[[], None]] = {"decode PNG": decode}
     for stages, (title, inputs) in enumerate(STAGES.items(), start=1):
-        pipeline = dali_pipeline(size, 2 * batch_size, device, cores, warp=True, stages=stages)
+        pipeline = dali_pipeline(rendering, stages)
         candidates[f"up to {title}"] = partial(run, pipeline, inputs)
     candidates["whole view, to float32"] = render
     measured = in_turn(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modan_fast.augment import ViewParameters, sample_order, view_parameters
 from modan_fast.config import Augmentation, PretrainConfig
-from modan_fast.render import Renderer, open_renderer
+from modan_fast.render import Renderer, Rendering, open_renderer
 from modan_fast.shards import ShardSet
 from modan_fast.store import Store, open_store
 from modan_fast.stream import Ids, Samples
@@ -142,13 +142,15 @@ def open_loader(
     )
     renderer = open_renderer(
         config.renderer,
-        canvas=store.canvas,
-        size=config.image_size or store.canvas,
-        batch_size=config.views * config.batch_size,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        blur=config.augmentation.blur > 0,
+        Rendering(
+            canvas=store.canvas,
+            size=config.image_size or store.canvas,
+            batch_size=config.views * config.batch_size,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            blur=config.augmentation.blur > 0,
+        ),
     )
     return Loader(
         store,

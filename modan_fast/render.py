@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -41,27 +42,37 @@ class Renderer(Protocol):
         """The oldest submitted views, (V, 1, H, H) in [0, 1], channels-last; waits until they are made."""
 
 
-def open_renderer(
-    name: config.Renderer,
-    *,
-    canvas: int,
-    size: int,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    threads: int,
-    blur: bool = False,
-) -> Renderer:
+@dataclass(frozen=True)
+class Rendering:
+    """How views are made: up to `batch_size` at a time, of `size` pixels, from images of `canvas` pixels, on `device`
+    in `dtype`, by `threads` of the CPU; `blur` says whether any is blurred.
+    """
+
+    canvas: int
+    size: int
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    blur: bool = False
+
+    @property
+    def warp(self) -> bool:
+        """Whether DALI resizes by its warp, which does not antialias, but is up to 2.5 times as fast on a CPU."""
+        # Where no crop is larger than a view there is nothing to antialias.
+        return self.device.type == "cpu" and self.canvas <= self.size
+
+
+def open_renderer(name: config.Renderer, rendering: Rendering) -> Renderer:
     """The renderer that `name` stands for; `auto` is DALI on a GPU, where it is installed, and torch on a CPU.
 
-    It makes up to `batch_size` views of `size` pixels at a time, of images of `canvas` pixels; `blur` says whether
-    any is blurred. Raises `InputError` where DALI is asked for and missing.
+    Raises `InputError` where DALI is asked for and missing.
     """
     if name == "dali" and not dali_installed():
         raise InputError("--renderer dali needs NVIDIA DALI, which is for Linux only: pass --renderer torch")
-    if name == "torch" or not dali_installed() or (name == "auto" and device.type == "cpu"):
-        return TorchRenderer(size, device, dtype, threads)
-    return DaliRenderer(canvas, size, batch_size, device, dtype, threads, blur)
+    if name == "torch" or not dali_installed() or (name == "auto" and rendering.device.type == "cpu"):
+        return TorchRenderer(rendering)
+    return DaliRenderer(rendering)
 
 
 def render_view(pixels: Tensor | list[Tensor], view: ViewParameters, size: int) -> Tensor:
@@ -102,10 +113,12 @@ class TorchRenderer:
 
     name = "torch"
 
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype, threads: int) -> None:
-        self.size, self.device, self.dtype = size, device, dtype
+    def __init__(self, rendering: Rendering) -> None:
+        self.size, self.device, self.dtype = rendering.size, rendering.device, rendering.dtype
         # Views are enough to keep all cores busy: an operation needs no threads of its own.
-        self._threads = ThreadPoolExecutor(threads, "render", initializer=torch.set_num_threads, initargs=(1,))
+        self._threads = ThreadPoolExecutor(
+            rendering.threads, "render", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._pending: deque[list[Future[Tensor]]] = deque()
 
     def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
@@ -152,28 +165,18 @@ def draw(pixels: Tensor | list[Tensor], view: ViewParameters, part: slice, views
     return views
 
 
-def dali_pipeline(
-    size: int,
-    batch_size: int,
-    device: torch.device,
-    threads: int,
-    *,
-    warp: bool = False,
-    blur: bool = False,
-    stages: int | None = None,
-) -> Any:
+def dali_pipeline(rendering: Rendering, stages: int | None = None) -> Any:
     """The DALI pipeline for a CPU or a GPU: uint8 images and parameters in, float32 views in [0, 1] out.
 
-    `warp` resizes by DALI's warp, which does not antialias, but is up to 2.5 times as fast on a CPU; `stages` cuts
-    the pipeline off after so many of its `dali_stages`, for whoever wants to know what each costs.
+    `stages` cuts it off after so many of its `dali_stages`, for whoever wants to know what each costs.
     """
     from nvidia.dali import Pipeline, fn, types
 
-    place = "gpu" if device.type == "cuda" else "cpu"
+    place = "gpu" if rendering.device.type == "cuda" else "cpu"
     pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device.index if place == "gpu" else None,
+        batch_size=rendering.batch_size,
+        num_threads=rendering.threads,
+        device_id=rendering.device.index if place == "gpu" else None,
         # One batch in flight: the loader submits the next one before it hands over this one.
         prefetch_queue_depth=1,
         # With it an output is its receiver's own, and the next run writes elsewhere.
@@ -191,7 +194,7 @@ def dali_pipeline(
             # On the CPU it reads the rows where they lie, those of the first view again for the second.
             no_copy=place == "cpu",
         )
-        *_, view = islice(dali_stages(images, size, batch_size, place, warp, blur), stages)
+        *_, view = islice(dali_stages(images, rendering), stages)
         pipeline.set_outputs(view)
     pipeline.build()
     return pipeline
@@ -204,8 +207,8 @@ def contrasted(views: Any, means: Any, contrast: Any) -> Any:
     return fn.cast((views - means) * contrast + means, dtype=types.UINT8)
 
 
-def dali_stages(images: Any, size: int, batch_size: int, place: str, warp: bool, blur: bool) -> Iterator[Any]:
-    """What becomes of `images` stage by stage, inside a pipeline for `place` (cpu or gpu).
+def dali_stages(images: Any, rendering: Rendering) -> Iterator[Any]:
+    """What becomes of `images` stage by stage, inside a pipeline.
 
     The stages are crop, resize, brightness, its mean, contrast, blur where there is any, and float32. All but the
     mean and the last saturate and round to 8 bits, as torchvision's operations on 8-bit images do.
@@ -223,21 +226,22 @@ def dali_stages(images: Any, size: int, batch_size: int, place: str, warp: bool,
         axes=(0, 1),
     )
     yield crop
-    if warp:
+    size = (rendering.size, rendering.size)
+    if rendering.warp:
         resized = fn.experimental.warp_perspective(
-            crop, matrix=argument("matrix", 2), size=(size, size), border_mode="replicate"
+            crop, matrix=argument("matrix", 2), size=size, border_mode="replicate"
         )
     else:
         resized = fn.resize(
             crop,
-            size=(size, size),
+            size=size,
             roi_start=argument("start", 1),
             roi_end=argument("end", 1),
             roi_relative=True,
             interp_type=types.INTERP_LINEAR,
             antialias=True,
             # All views in one kernel; by default a GPU takes 32 at a time.
-            minibatch_size=batch_size,
+            minibatch_size=rendering.batch_size,
         )
     yield resized
     bright = fn.brightness_contrast(resized, brightness=argument("brightness", 0))
@@ -245,19 +249,19 @@ def dali_stages(images: Any, size: int, batch_size: int, place: str, warp: bool,
     mean = fn.reductions.mean(bright)
     yield mean
     contrast = argument("contrast", 0)
-    if place == "gpu":
+    if rendering.device.type == "cuda":
         # As an operator's argument, DALI would wait for the mean on the host.
         view = contrasted(bright, mean, contrast.gpu())
     else:
         view = fn.brightness_contrast(bright, contrast=contrast, contrast_center=mean)
     yield view
-    if blur:
-        view = fn.gaussian_blur(view, sigma=argument("sigma", 0), window_size=blur_window(size))
+    if rendering.blur:
+        view = fn.gaussian_blur(view, sigma=argument("sigma", 0), window_size=blur_window(rendering.size))
         yield view
     yield view * np.float32(1 / 255)
 
 
-def dali_arguments(view: ViewParameters, size: int, *, warp: bool, blur: bool) -> dict[str, NDArray[Any]]:
+def dali_arguments(view: ViewParameters, rendering: Rendering) -> dict[str, NDArray[Any]]:
     """What the stages are told of each view, by the names of their inputs, in the order of the stages."""
     arguments: dict[str, NDArray[Any]] = {
         "corner": np.ascontiguousarray(view.box[:, :2]),
@@ -266,7 +270,8 @@ def dali_arguments(view: ViewParameters, size: int, *, warp: bool, blur: bool) -
     # Resizing mirrors at no cost.
     flip = view.flip.astype(np.float32)
     zero, one = np.zeros_like(flip), np.ones_like(flip)
-    if warp:
+    if rendering.warp:
+        size = rendering.size
         height, width = view.box[:, 2:].T.astype(np.float32)
         # From a view's coordinates (x, y, 1) to its crop's, both measured from the upper left corner.
         rows = [(1 - 2 * flip) * width / size, zero, flip * width], [zero, height / size, zero], [zero, zero, one]
@@ -275,7 +280,7 @@ def dali_arguments(view: ViewParameters, size: int, *, warp: bool, blur: bool) -
         # A region that ends before it starts is mirrored.
         arguments |= {"start": np.stack([zero, flip], axis=1), "end": np.stack([one, one - flip], axis=1)}
     arguments |= {"brightness": view.brightness, "contrast": view.contrast}
-    if blur:
+    if rendering.blur:
         # DALI chooses a sigma of its own for 0; this one's neighbours weigh nothing.
         arguments["sigma"] = view.sigma.clip(min=0.05)
     return arguments
@@ -286,20 +291,9 @@ class DaliRenderer:
 
     name = "dali"
 
-    def __init__(
-        self,
-        canvas: int,
-        size: int,
-        batch_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        threads: int,
-        blur: bool,
-    ) -> None:
-        self.size, self.device, self.dtype, self.blur = size, device, dtype, blur
-        # Where no crop is larger than a view there is nothing to antialias.
-        self.warp = device.type == "cpu" and canvas <= size
-        self._pipeline = dali_pipeline(size, batch_size, device, threads, warp=self.warp, blur=blur)
+    def __init__(self, rendering: Rendering) -> None:
+        self.rendering, self.device, self.dtype = rendering, rendering.device, rendering.dtype
+        self._pipeline = dali_pipeline(rendering)
         self._pending: deque[Any] = deque()  # the images that the pipeline is reading
 
     def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
@@ -314,7 +308,7 @@ class DaliRenderer:
             # DALI asks torch for a CUDA stream when it is given any tensor of torch's, so host pixels go as arrays.
             images = [image[..., None].numpy() for image in pixels] * views
         feed("pixels", images, layout="HWC")
-        for name, values in dali_arguments(view, self.size, warp=self.warp, blur=self.blur).items():
+        for name, values in dali_arguments(view, self.rendering).items():
             feed(name, values)
         self._pipeline.schedule_run()
         self._pending.append(images)

@@ -8,7 +8,7 @@ from modan_fast.augment import view_parameters
 from modan_fast.config import Augmentation
 from modan_fast.decode import dali_installed
 from modan_fast.loader import Loader
-from modan_fast.render import open_renderer, render_view
+from modan_fast.render import Rendering, open_renderer, render_view
 from modan_fast.shards import open_shards
 from modan_fast.store import open_store
 
@@ -21,12 +21,14 @@ def loader(shards, renderer="torch", batch_size=10, tier="host", threads=2, **se
     store = open_store(opened, tier=tier, renderer=renderer, device=CPU, batch_size=batch_size, threads=threads)
     made = open_renderer(
         renderer,
-        canvas=store.canvas,
-        size=32,
-        batch_size=2 * batch_size,
-        device=CPU,
-        dtype=torch.float32,
-        threads=threads,
+        Rendering(
+            canvas=store.canvas,
+            size=32,
+            batch_size=2 * batch_size,
+            device=CPU,
+            dtype=torch.float32,
+            threads=threads,
+        ),
     )
     return Loader(store, made, Augmentation(), batch_size=batch_size, seed=4, **settings)
 
@@ -56,12 +58,7 @@ def test_on_a_gpu_every_tier_gives_equal_views(shards, renderer):
         store = open_store(opened, tier=tier, renderer=renderer, device=gpu, batch_size=10, threads=2)
         views = open_renderer(
             renderer,
-            canvas=store.canvas,
-            size=32,
-            batch_size=20,
-            device=gpu,
-            dtype=torch.float32,
-            threads=2,
+            Rendering(canvas=store.canvas, size=32, batch_size=20, device=gpu, dtype=torch.float32, threads=2),
         )
         loading = Loader(store, views, Augmentation(), batch_size=10, seed=4)
         made[tier] = [batch for epoch in range(3) for batch in loading.epoch(epoch)]

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as transforms
 from modan_fast.augment import ViewParameters, view_parameters
 from modan_fast.config import Augmentation
 from modan_fast.decode import dali_installed
-from modan_fast.render import contrasted, dali_arguments, dali_pipeline, open_renderer, render_view
+from modan_fast.render import Rendering, contrasted, dali_arguments, dali_pipeline, open_renderer, render_view
 
 needs_dali = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed (Linux only)")
 CPU = torch.device("cpu")
@@ -38,13 +38,15 @@ def some(view, rows):
 def rendered(name, pixels, view, size, threads=2, batch_size=None, blur=False):
     renderer = open_renderer(
         name,
-        canvas=pixels.shape[-1],
-        size=size,
-        batch_size=batch_size or len(view.flip),
-        device=CPU,
-        dtype=torch.float32,
-        threads=threads,
-        blur=blur,
+        Rendering(
+            canvas=pixels.shape[-1],
+            size=size,
+            batch_size=batch_size or len(view.flip),
+            device=CPU,
+            dtype=torch.float32,
+            threads=threads,
+            blur=blur,
+        ),
     )
     renderer.submit(pixels, view)
     return renderer.collect()
@@ -133,7 +135,9 @@ def test_views_do_not_depend_on_threads_or_on_the_batch(name):
 @pytest.mark.parametrize("name", ["torch", pytest.param("dali", marks=needs_dali)])
 def test_views_come_back_in_order_channels_last_and_in_the_compute_type(name):
     pixels, views = images(), both_views(48, 96)
-    renderer = open_renderer(name, canvas=96, size=64, batch_size=96, device=CPU, dtype=torch.float16, threads=2)
+    renderer = open_renderer(
+        name, Rendering(canvas=96, size=64, batch_size=96, device=CPU, dtype=torch.float16, threads=2)
+    )
     expected = []
     for turn in range(3):
         shown = pixels.roll(turn, 0)
@@ -151,9 +155,10 @@ def test_views_come_back_in_order_channels_last_and_in_the_compute_type(name):
 @needs_dali
 def test_enlarging_by_warp_as_on_cpus_equals_resizing_as_on_gpus():
     pixels, views, made = images(canvas=64), both_views(48, 64), []
-    for warp in (True, False):
-        pipeline = dali_pipeline(96, 96, CPU, 2, warp=warp)
-        arguments = dali_arguments(views, 96, warp=warp, blur=False)
+    for canvas in (64, 97):  # where any image were larger than a view, all are resized
+        rendering = Rendering(canvas, size=96, batch_size=96, device=CPU, dtype=torch.float32, threads=2)
+        assert rendering.warp == (canvas == 64)
+        pipeline, arguments = dali_pipeline(rendering), dali_arguments(views, rendering)
         for name, values in {"pixels": list(pixels[..., None].numpy()) * 2, **arguments}.items():
             pipeline.feed_input(name, values)
         made.append(255 * torch.from_dlpack(pipeline.run()[0].as_tensor()))
@@ -192,7 +197,7 @@ def test_dali_on_a_gpu_equals_the_reference(on_gpu):
     gpu = torch.device("cuda", 0)
     pixels, views = images(canvas=224), both_views(48, 224)
     renderer = open_renderer(
-        "dali", canvas=224, size=224, batch_size=96, device=gpu, dtype=torch.float32, threads=2
+        "dali", Rendering(canvas=224, size=224, batch_size=96, device=gpu, dtype=torch.float32, threads=2)
     )
     renderer.submit(pixels.to(gpu) if on_gpu else pixels, views)
     difference = 255 * (renderer.collect().cpu() - render_view(pixels, views, 224)).abs()
