@@ -119,6 +119,8 @@ def _default_note(field: Field[Any]) -> str:
         return ""
     if isinstance(value, bool):
         value = "on" if value else "off"
+    if isinstance(value, tuple):
+        value = ", ".join(value)
     return f"  [default: {value}{', by the recipe' if field.metadata.get('recipe') else ''}]"
 
 

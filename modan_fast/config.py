@@ -88,7 +88,7 @@ class PretrainConfig:
     momentum: float = option(0.9, "Momentum of SGD.", recipe=True)
     weight_decay: float = option(1e-4, "Weight decay.", recipe=True)
     warmup_epochs: int = option(
-        3, "Epochs in which the learning rate rises linearly from 0.01, if it is higher.", recipe=True
+        3, "Epochs in which the learning rate rises linearly from 0.01 to a higher lr.", recipe=True
     )
     warmup_from: float = option(0.01, "Learning rate at the first step.", hidden=True)
     schedule: Literal["steps", "cosine"] = option(
