@@ -25,7 +25,7 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
+    Progress as Bars,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,7 +34,7 @@ from rich.table import Table
 
 from modan_fast import __version__, config
 from shard_builder.options import BuildOptions
-from shard_builder.settings import InputError, Report
+from shard_builder.settings import InputError, Progress
 
 app = typer.Typer(
     name="modan-fast",
@@ -142,8 +142,8 @@ def stopped(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """A `Report` that draws a bar for each stage on a terminal, and else prints a line now and then."""
+def show_progress() -> Iterator[Progress]:
+    """A `Progress` that draws a bar for each stage on a terminal, and else prints a line now and then."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -174,7 +174,7 @@ def progress() -> Iterator[Report]:
         print(f"{stage} {done}/{total}, {ending}  {note}".rstrip(), file=sys.stderr, flush=True)
 
     if screen.is_terminal:
-        with Progress(*columns, console=screen) as bars:
+        with Bars(*columns, console=screen) as bars:
             yield draw
     else:
         yield write
@@ -240,8 +240,8 @@ def shard(
     from shard_builder.inspect import kinds
     from shard_builder.pseudonym import key_beside
 
-    with stopped(CONTINUES), progress() as report:
-        result = build(source, out, BuildOptions(**given), overwrite=overwrite, report=report)
+    with stopped(CONTINUES), show_progress() as progress:
+        result = build(source, out, BuildOptions(**given), overwrite=overwrite, progress=progress)
     manifest = result.manifest
     vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
     what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
@@ -278,8 +278,8 @@ def verify(
     """
     from shard_builder.verify import verify as check
 
-    with progress() as report:
-        found = check(shards, workers=workers, report=report)
+    with show_progress() as progress:
+        found = check(shards, workers=workers, progress=progress)
     if found.damage:
         bad = f" ({len(found.damage)} bad of {found.shards} shards)" if len(found.damage) > 1 else ""
         print(f"{shards}: damaged: {found.damage[0]}{bad}")
@@ -299,8 +299,8 @@ def inspect_shards(
     from shard_builder.inspect import describe, read_contents
     from shard_builder.sheet import strips, write_sheet
 
-    with progress() as report:
-        contents = read_contents(shards, report)
+    with show_progress() as progress:
+        contents = read_contents(shards, progress)
     print(describe(contents))
     if sheet:
         write_sheet(sheet, list(strips(contents)))
@@ -332,8 +332,8 @@ def pretrain(
     if resume:
         settings = checkpoint.resumed_config(config.pretrain_config(given).run, given)
     try:
-        with progress() as report:
-            run = train(settings, resume=resume, overwrite=overwrite, report=report)
+        with show_progress() as progress:
+            run = train(settings, resume=resume, overwrite=overwrite, progress=progress)
     except KeyboardInterrupt:
         saved = (settings.run / "checkpoint.pt").exists()
         state = f"{settings.run} is saved, --resume continues it" if saved else "nothing was trained yet"
@@ -346,8 +346,8 @@ def print_profile(settings: config.PretrainConfig) -> None:
     """Time a run's steps, and print where their time goes."""
     from modan_fast.profile import COMPUTE, profile
 
-    with progress() as report:
-        found = profile(settings, report)
+    with show_progress() as progress:
+        found = profile(settings, progress)
     table = Table("stage", "ms, alone", "of a step", "runs", title=f"a step of {settings.batch_size} images")
     for stage, seconds in found.stages.items():
         where = "in the step" if stage in COMPUTE else "in the background"
@@ -372,8 +372,8 @@ def evaluate(given: dict[str, Any]) -> None:
     from modan_fast.downstream.statistics import auc_table
 
     settings = config.EvaluateConfig(**given)
-    with stopped(CONTINUES), progress() as report:
-        judge(settings, report)
+    with stopped(CONTINUES), show_progress() as progress:
+        judge(settings, progress)
     print_aucs(settings.out, auc_table(settings.out))
 
 
@@ -390,8 +390,8 @@ def report(
     """
     from modan_fast.report.page import write_report
 
-    with stopped("the same command starts again"), progress() as draw:
-        page = write_report(results, config.ReportConfig(**given), draw)
+    with stopped("the same command starts again"), show_progress() as progress:
+        page = write_report(results, config.ReportConfig(**given), progress)
     print(f"{page}: tables and figures lie beside it in {page.parent / 'tables'} and {page.parent / 'figures'}")
 
 
@@ -424,8 +424,8 @@ def demo(
     from modan_fast.demo import demo as run
     from modan_fast.downstream.statistics import auc_table
 
-    with stopped(CONTINUES), progress() as report:
-        made = run(out, overwrite=overwrite, report=report)
+    with stopped(CONTINUES), show_progress() as progress:
+        made = run(out, overwrite=overwrite, progress=progress)
     print_aucs(made.results, auc_table(made.results))
     print(f"""
 These figures say nothing about medicine: the images are drawn, and so short a training hardly moves them.
@@ -457,8 +457,10 @@ def phantom(
     """
     from modan_fast.phantom import phantom_archive
 
-    with stopped("the same command starts again"), progress() as report:
-        images = phantom_archive(out, per_class=per_class, size=size, seed=seed, workers=workers, report=report)
+    with stopped("the same command starts again"), show_progress() as progress:
+        images = phantom_archive(
+            out, per_class=per_class, size=size, seed=seed, workers=workers, progress=progress
+        )
     print(f"{out}: {images:,} synthetic images; modan-fast shard {out} packs them")
 
 

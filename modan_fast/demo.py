@@ -25,7 +25,7 @@ from modan_fast.shards import open_shards
 from modan_fast.store import read_all
 from shard_builder.build import build
 from shard_builder.options import BuildOptions
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 # Sizes that two CPU cores finish within three minutes.
 SIZE, PER_CLASS, TASK_IMAGES = 64, 14, 160
@@ -53,7 +53,7 @@ class Made:
     embedding: Path
 
 
-def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made:
+def demo(out: Path, *, overwrite: bool = False, progress: Progress = no_progress) -> Made:
     """Run the demo in the folder `out`; a rerun continues where it was.
 
     Raises `InputError` where `out` holds other things; with `overwrite` a demo's own parts are made anew.
@@ -72,23 +72,23 @@ def demo(out: Path, *, overwrite: bool = False, report: Report = silent) -> Made
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     if not made.archive.exists():
-        phantom_archive(made.archive, per_class=PER_CLASS, size=96, classes=some_classes(), report=report)
+        phantom_archive(made.archive, per_class=PER_CLASS, size=96, classes=some_classes(), progress=progress)
     if not made.task.exists():
-        phantom_task(made.task, images=TASK_IMAGES, size=96, report=report)
-    build(made.archive, made.shards, BuildOptions(size=SIZE), report=report)
+        phantom_task(made.task, images=TASK_IMAGES, size=96, progress=progress)
+    build(made.archive, made.shards, BuildOptions(size=SIZE), progress=progress)
     settings = replace(config.pretrain_config(PRETRAINING), shards=str(made.shards), out=made.run)
     begun, saved = ((made.run / name).exists() for name in ("config.json", "checkpoint.pt"))
-    pretrain(settings, resume=saved, overwrite=begun and not saved, report=report)
+    pretrain(settings, resume=saved, overwrite=begun and not saved, progress=progress)
     judged = config.EvaluateConfig(
         task=made.task, init=(str(made.run), "scratch"), out=made.results, **EVALUATION
     )
-    evaluate(judged, report)
-    report("figures", 0, 2, "")
+    evaluate(judged, progress)
+    progress("figures", 0, 2, "")
     pixels, names = _pixels_and_names(made.shards)
     draw_views(made.contact_sheet, pixels, names, settings.augmentation)
-    report("figures", 1, 2, "")
+    progress("figures", 1, 2, "")
     draw_embedding(made.embedding, pixels, names, made.run)
-    report("figures", 2, 2, "")
+    progress("figures", 2, 2, "")
     return made
 
 

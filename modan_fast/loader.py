@@ -20,7 +20,7 @@ from modan_fast.render import Renderer, Rendering, open_renderer
 from modan_fast.shards import ShardSet
 from modan_fast.store import Store, open_store
 from modan_fast.stream import Ids, Samples
-from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,12 @@ class Loader:
 
 
 def open_loader(
-    config: PretrainConfig, shards: ShardSet, *, device: torch.device, dtype: torch.dtype, report: Report = silent
+    config: PretrainConfig,
+    shards: ShardSet,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
 ) -> Loader:
     """The loader of a run: its store, filled, and its renderer, for views in `dtype` on `device`.
 
@@ -138,7 +143,7 @@ def open_loader(
         device=device,
         batch_size=config.batch_size,
         threads=threads,
-        report=report,
+        progress=progress,
     )
     renderer = open_renderer(
         config.renderer,

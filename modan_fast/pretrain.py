@@ -21,7 +21,7 @@ from modan_fast.loader import Batch, open_loader
 from modan_fast.machine import compute_type, peak_memory, pick_device
 from modan_fast.shards import open_shards
 from modan_fast.step import Step
-from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ LOOK_EVERY = 1.0  # seconds between two looks at the loss: reading it makes the 
 
 
 def pretrain(
-    config: PretrainConfig, *, resume: bool = False, overwrite: bool = False, report: Report = silent
+    config: PretrainConfig, *, resume: bool = False, overwrite: bool = False, progress: Progress = no_progress
 ) -> Path:
     """Train as `config` says and write the run folder, whose path is returned.
 
@@ -47,7 +47,7 @@ def pretrain(
 
     device = pick_device(config.device)
     dtype = compute_type(config.precision, device)
-    loader = open_loader(config, shards, device=device, dtype=dtype, report=report)
+    loader = open_loader(config, shards, device=device, dtype=dtype, progress=progress)
     training = Step(config, classes=len(shards.manifest.classes), steps=loader.steps, device=device)
     chosen = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -99,7 +99,7 @@ def pretrain(
                     images = min((step + 1) * config.batch_size, shards.manifest.samples)
                     speed = images * config.views / clock.seconds
                     note = f"epoch {epoch + 1}/{config.epochs}  loss {loss:.3f}  {speed:.0f} views/s"
-                    report(
+                    progress(
                         "pretraining",
                         epoch * loader.steps + step + 1,
                         total,

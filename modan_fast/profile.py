@@ -20,7 +20,7 @@ from modan_fast.pretrain import EpochClock
 from modan_fast.shards import open_shards
 from modan_fast.step import Step
 from modan_fast.stream import Samples, Stream
-from shard_builder.settings import Report, silent
+from shard_builder.settings import Progress, no_progress
 
 STEPS, SECONDS = 20, 20.0  # a measurement ends after so many steps, or after two and so long
 LITTLE = 0.02  # share of the time that the device may wait without a word
@@ -64,20 +64,20 @@ class Profile:
         )
 
 
-def profile(config: PretrainConfig, report: Report = silent) -> Profile:
+def profile(config: PretrainConfig, progress: Progress = no_progress) -> Profile:
     """Time some steps of the run that `config` describes; nothing is written. Raises as `pretrain` does."""
     shards = open_shards(config.shards)
     config = replace(config, image_size=config.image_size or shards.manifest.size)
     device = pick_device(config.device)
     loader = open_loader(
-        config, shards, device=device, dtype=compute_type(config.precision, device), report=report
+        config, shards, device=device, dtype=compute_type(config.precision, device), progress=progress
     )
     training = Step(config, classes=len(shards.manifest.classes), steps=loader.steps, device=device)
-    step, waits = _in_training(loader, training, device, report)
-    return Profile(_one_by_one(loader, training, device, report), step, waits)
+    step, waits = _in_training(loader, training, device, progress)
+    return Profile(_one_by_one(loader, training, device, progress), step, waits)
 
 
-def _in_training(loader: Loader, training: Step, device: torch.device, report: Report) -> tuple[float, float]:
+def _in_training(loader: Loader, training: Step, device: torch.device, progress: Progress) -> tuple[float, float]:
     """Seconds of a step, and the share of them that the device waits for data."""
     with closing(loader.endless()) as batches:
         training.update(next(batches), 0)  # compiles, and chooses algorithms
@@ -85,14 +85,14 @@ def _in_training(loader: Loader, training: Step, device: torch.device, report: R
         clock = EpochClock(device)
         for done, batch in enumerate(clock.watch(batches), start=1):
             training.update(batch, 0)
-            report("in training", done, STEPS, "")
+            progress("in training", done, STEPS, "")
             if done == STEPS or (done > 1 and clock.seconds > SECONDS):
                 break
         _synchronise(device)
         return clock.seconds / done, clock.wait_share
 
 
-def _one_by_one(loader: Loader, training: Step, device: torch.device, report: Report) -> dict[str, float]:
+def _one_by_one(loader: Loader, training: Step, device: torch.device, progress: Progress) -> dict[str, float]:
     """Mean seconds of each stage of a step, while nothing else runs."""
     taken: dict[str, list[float]] = defaultdict(list)
 
@@ -116,7 +116,7 @@ def _one_by_one(loader: Loader, training: Step, device: torch.device, report: Re
             training.backward(loss)
         with timed("optimiser"):
             training.optimise(0)
-        report("stage by stage", done, STEPS, "")
+        progress("stage by stage", done, STEPS, "")
         if done == STEPS or (done > 1 and time.perf_counter() - begun > SECONDS):
             break
     return {stage: mean(seconds) for stage, seconds in taken.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 from modan_fast import config
 from modan_fast.shards import ShardSet, first_line
 from modan_fast.stream import Ids, Samples, Stream
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def open_store(
     device: torch.device,
     batch_size: int,
     threads: int,
-    report: Report = silent,
+    progress: Progress = no_progress,
 ) -> Store:
     """Decode every sample once and keep it on the GPU or else in host memory; or else stream the samples.
 
@@ -129,7 +129,7 @@ def open_store(
         if tier in ("auto", place):
             try:
                 return read_all(
-                    shards, place=place, renderer=renderer, device=device, threads=threads, report=report
+                    shards, place=place, renderer=renderer, device=device, threads=threads, progress=progress
                 )
             except NoRoomError as error:
                 if tier != "auto":
@@ -148,7 +148,7 @@ def read_all(
     renderer: config.Renderer = "auto",
     device: torch.device,
     threads: int,
-    report: Report = silent,
+    progress: Progress = no_progress,
 ) -> Memory:
     """Decode every sample once. Pixels in host memory are pinned where `device` is a GPU.
 
@@ -161,7 +161,7 @@ def read_all(
     # Torch pins memory in powers of two.
     check_room(place, 1 << (size - 1).bit_length() if pinned else size, device)
     if not shards.remote:
-        manifest.check_hashes(Path(shards.place), report)
+        manifest.check_hashes(Path(shards.place), progress)
     try:
         pixels = torch.empty(
             (samples, canvas, canvas),
@@ -179,7 +179,7 @@ def read_all(
             assert isinstance(each.pixels, Tensor)
             here = slice(each.ids[0], each.ids[-1] + 1)
             pixels[here], labels[here], targets[here] = each.pixels, each.labels, each.targets
-            report("decoding", here.stop, samples, "")
+            progress("decoding", here.stop, samples, "")
             # The system gives memory out when it is first written to, and may by then have none left.
             left = (samples - here.stop) * canvas**2
             if place == "host" and not pinned and left > (free := psutil.virtual_memory().available):

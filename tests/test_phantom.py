@@ -49,7 +49,7 @@ def test_100_per_class_are_16222_images_and_other_numbers_scale():
 def test_the_archive_is_a_tree_of_grey_png_images_of_the_size_asked_for(tmp_path):
     calls = []
     total = phantom_archive(
-        tmp_path / "out", per_class=3, size=48, classes=MIXED, report=lambda *call: calls.append(call)
+        tmp_path / "out", per_class=3, size=48, classes=MIXED, progress=lambda *call: calls.append(call)
     )
     paths = sorted((tmp_path / "out").rglob("*.png"))
     assert total == len(paths) == 12
@@ -315,7 +315,7 @@ def test_a_run_that_breaks_leaves_nothing(make, tmp_path):
 
     options = {"per_class": 1, "classes": MIXED} if make is phantom_archive else {"images": 20}
     with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "out", size=32, report=stop, **options)
+        make(tmp_path / "out", size=32, progress=stop, **options)
     assert os.listdir(tmp_path) == []
 
 

@@ -125,7 +125,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_that_was_never_stopped(f
     looked, module.LOOK_EVERY = module.LOOK_EVERY, 0.0
     try:
         with pytest.raises(KeyboardInterrupt):
-            pretrain(config, report=stop_at)
+            pretrain(config, progress=stop_at)
     finally:
         module.LOOK_EVERY = looked
     state = load(tmp_path / "run")
@@ -153,7 +153,7 @@ def kill_at(stage, done, total, note=""):
         os.kill(os.getpid(), signal.SIGKILL)
 
 pretrain.LOOK_EVERY = 0.0
-pretrain.pretrain(from_json(PretrainConfig, json.loads(sys.argv[1])), report=kill_at)
+pretrain.pretrain(from_json(PretrainConfig, json.loads(sys.argv[1])), progress=kill_at)
 """
 
 
@@ -238,7 +238,7 @@ def test_a_second_training_in_a_folder_is_refused_while_the_first_is_at_work(sha
             with pytest.raises(InputError, match="another training is writing to .*: wait for it"):
                 pretrain(config, resume=True)
 
-    pretrain(config, report=meanwhile)
+    pretrain(config, progress=meanwhile)
     assert [entry["epoch"] for entry in logged(tmp_path / "run")] == [1, 2, 3]
     assert not (tmp_path / "run" / ".lock").exists()
 
@@ -421,7 +421,7 @@ def test_a_state_and_settings_of_something_else_are_named(finished, shards, tmp_
 def test_a_run_below_a_file_is_refused_before_any_image_is_read(shards, tmp_path):
     (tmp_path / "notes").touch()
     with pytest.raises(InputError, match="notes is no folder; name another one with --out"):
-        pretrain(settings(shards, tmp_path / "notes" / "run"), report=pytest.fail)
+        pretrain(settings(shards, tmp_path / "notes" / "run"), progress=pytest.fail)
 
 
 def test_a_whole_network_of_torchvision_is_an_encoder_without_its_classifier(tmp_path):

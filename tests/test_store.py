@@ -55,7 +55,7 @@ def test_the_store_holds_every_sample_in_storage_order(archive, tmp_path, codec,
         renderer=renderer,
         device=CPU,
         threads=2,
-        report=lambda stage, done, total, note="": seen.append((stage, done, total)),
+        progress=lambda stage, done, total, note="": seen.append((stage, done, total)),
     )
     pixels, labels, targets = read_by_hand(tmp_path / "set")
     assert (store.pixels.numpy() == pixels).all()

@@ -32,7 +32,7 @@ from modan_fast.downstream.tasks import (
 )
 from modan_fast.folder import check_writable, locked
 from modan_fast.step import wants_compile
-from shard_builder.settings import Report, silent
+from shard_builder.settings import Progress, no_progress
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ SHAPING = ("image_size", "epochs", "batch_size", "lr", "probe_lr", "stem", "seed
 PRECISIONS = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Series, Cell]]:
+def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[tuple[Series, Cell]]:
     """Train what is missing of the grid that `config` spans; the cells trained, in their order.
 
     A killed evaluation is continued by the same call, a finished one returns an empty list at once. Raises
@@ -78,8 +78,8 @@ def evaluate(config: EvaluateConfig, report: Report = silent) -> list[tuple[Seri
         if task.made:
             write_folds(task, folds)
         _tell_leaks(task, config)
-        pixels = torch.from_numpy(decode(task, config.image_size, report)).to(device)
-        grid_of = Grid(task, pixels, config, compute_type, results, report)
+        pixels = torch.from_numpy(decode(task, config.image_size, progress)).to(device)
+        grid_of = Grid(task, pixels, config, compute_type, results, progress)
         # A cell gives the same scores each time, so that it does not matter where an evaluation was interrupted.
         deterministic = torch.backends.cudnn.deterministic
         torch.backends.cudnn.deterministic = True
@@ -102,10 +102,10 @@ class Grid:
         config: EvaluateConfig,
         compute_type: torch.dtype,
         results: Results,
-        report: Report,
+        progress: Progress,
     ) -> None:
         self.task, self.pixels, self.config = task, pixels, config
-        self.compute_type, self.results, self.report = compute_type, results, report
+        self.compute_type, self.results, self.progress = compute_type, results, progress
         self.device = device_name(pixels.device)
         self.compiled = wants_compile(config.compile, pixels.device)
         self.trainees: dict[tuple[Any, ...], finetune.Trainee] = {}
@@ -119,7 +119,7 @@ class Grid:
         def tick(epochs: int) -> None:
             nonlocal done
             done += epochs
-            self.report(f"{init.name} {protocol}", done, len(cells) * config.epochs, note)
+            self.progress(f"{init.name} {protocol}", done, len(cells) * config.epochs, note)
 
         def write(cells: Sequence[Cell], scores: Sequence[Array], losses: Sequence[Array]) -> None:
             nonlocal note, since

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modan_fast.downstream.folds import FOLDS, SPLITS, class_folders, make_folds, read_folds
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def leak_counts(found: Iterable[Leak]) -> str:
     return ", ".join(f"{len(tested)} by the same {shared}" for shared, tested in images.items())
 
 
-def decode(task: Task, image_size: int, report: Report = silent) -> NDArray[np.uint8]:
+def decode(task: Task, image_size: int, progress: Progress = no_progress) -> NDArray[np.uint8]:
     """The task's images as grey pixels (N, 1, image_size, image_size), stretched as shards are.
 
     The resampling is bilinear and antialiased. Raises `InputError` for an image that does not decode.
@@ -212,5 +212,5 @@ def decode(task: Task, image_size: int, report: Report = silent) -> NDArray[np.u
 
     with ThreadPoolExecutor() as pool:
         for done, _ in enumerate(pool.map(read, range(len(pixels))), start=1):
-            report("decode", done, len(pixels), task.name)
+            progress("decode", done, len(pixels), task.name)
     return pixels

@@ -21,7 +21,7 @@ from PIL import Image
 
 from modan_fast.phantom.folders import FOLDERS, PREFIXES, images_in
 from modan_fast.phantom.picture import generator, picture
-from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 
 FOLDS = 5
 CHUNK = 25  # images that a worker makes at a time
@@ -54,7 +54,7 @@ def phantom_archive(
     seed: int = 0,
     workers: int | None = None,
     classes: Sequence[str] | None = None,
-    report: Report = silent,
+    progress: Progress = no_progress,
 ) -> int:
     """Write `out/MODALITY/anatomy/class/*.png` (ultrasound without an anatomy level); the number of images.
 
@@ -77,12 +77,12 @@ def phantom_archive(
             (root / folder).mkdir(parents=True)
         for written in _write_all(root, chunks, size, seed, workers or usable_cores()):
             done += written
-            report("phantom", done, total, "")
+            progress("phantom", done, total, "")
     return total
 
 
 def phantom_task(
-    out: Path, *, images: int = 200, size: int = 224, seed: int = 0, report: Report = silent
+    out: Path, *, images: int = 200, size: int = 224, seed: int = 0, progress: Progress = no_progress
 ) -> None:
     """Write a task in RadImageNet's form: breast ultrasound, with a lesion (`malignant`) or without (`benign`).
 
@@ -104,7 +104,7 @@ def phantom_task(
         for index, label in enumerate(labels):
             pixels = picture(seed, "US", "breast", "tumor", index, size, lesion=bool(label))
             Image.fromarray(pixels).save(root / _task_image(index), compress_level=1)
-            report("task", index + 1, images, "")
+            progress("task", index + 1, images, "")
         for fold, parts in enumerate(stratified_folds(labels, random), start=1):
             for split, rows in parts.items():
                 path = root / "dataframe" / f"phantom_{split}_fold{fold}.csv"

@@ -23,7 +23,7 @@ from modan_fast.machine import pick_device
 from modan_fast.report import figures, tables
 from modan_fast.report.embed import features, pretraining_images, shards_of
 from modan_fast.shards import ShardSet
-from shard_builder.settings import InputError, Report
+from shard_builder.settings import InputError, Progress
 
 FEWEST = 10  # images of a UMAP
 
@@ -114,7 +114,7 @@ def draw_umap(
     recipe: str,
     shards: ShardSet | None,
     config: ReportConfig,
-    report: Report,
+    progress: Progress,
 ) -> str:
     """UMAP of the pretraining images, of `shards` or else the inits' own, one panel an init, or why there is none."""
     path = folder / "umap.png"
@@ -130,7 +130,7 @@ def draw_umap(
         return f'<p class="note">No UMAP: {escape(str(error))}</p>'
     if len(names) < FEWEST:
         return f'<p class="note">No UMAP: {len(names)} images are too few, it needs {FEWEST}.</p>'
-    found, missing = features(runs, recipe, images, pick_device(config.device), report)
+    found, missing = features(runs, recipe, images, pick_device(config.device), progress)
     if not found:
         return f'<p class="note">No UMAP: {escape("; ".join(missing))}</p>'
     figures.embedding(path, list(found.items()), names)

@@ -22,7 +22,7 @@ from modan_fast.folder import read_json
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import READ_BATCH
 from modan_fast.stream import Stream
-from shard_builder.settings import InputError, Report, usable_cores
+from shard_builder.settings import InputError, Progress, usable_cores
 
 
 def pretraining_images(shards: ShardSet, samples: int, size: int) -> tuple[Tensor, list[str]]:
@@ -57,7 +57,7 @@ def shards_of(runs: Mapping[str, Any]) -> ShardSet:
 
 
 def features(
-    runs: Mapping[str, Any], recipe: str, images: Tensor, device: torch.device, report: Report
+    runs: Mapping[str, Any], recipe: str, images: Tensor, device: torch.device, progress: Progress
 ) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
     """Features (N, 512) float32 of the images by init, and why some inits have none."""
     found, missing = {}, []
@@ -69,7 +69,7 @@ def features(
             continue
         encoder.to(device).to(memory_format=torch.channels_last)
         found[name] = apply_to_all(encoder, images.to(device), torch.float32).cpu().numpy()
-        report("features", done, len(runs["inits"]), name)
+        progress("features", done, len(runs["inits"]), name)
     return found, missing
 
 

@@ -17,7 +17,7 @@ from modan_fast.folder import check_writable, write_atomically
 from modan_fast.report import formats, paper, tables
 from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
 from modan_fast.shards import open_shards
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 NO_RUNS: dict[str, Any] = {"inits": {}, "tasks": {}, "settings": {}, "times": []}
 MARK = '<meta name="generator" content="modan-fast report">'
@@ -44,7 +44,7 @@ PAGE = """<!doctype html>
 """
 
 
-def write_report(results: Path, config: ReportConfig, report: Report = silent) -> Path:
+def write_report(results: Path, config: ReportConfig, progress: Progress = no_progress) -> Path:
     """Write report.html with its tables/ and figures/ from a results folder; the page's path.
 
     The same results give the same files. Raises `InputError` where there are no results, or the reference is none
@@ -64,7 +64,7 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
     (out / "tables").mkdir(parents=True, exist_ok=True)
     (out / "figures").mkdir(exist_ok=True)
 
-    report("report", 0, 4, "tables")
+    progress("report", 0, 4, "tables")
     rows, compared = summaries(predictions), comparisons(predictions, reference)
     logs = {name: log for name, init in runs["inits"].items() if (log := _log(init))}
     published = [
@@ -77,14 +77,14 @@ def write_report(results: Path, config: ReportConfig, report: Report = silent) -
         for name, text in formats.write(table).items():
             _write(out / "tables" / name, text)
 
-    report("report", 1, 4, "ROC curves")
+    progress("report", 1, 4, "ROC curves")
     roc = draw_roc(out / "figures", predictions)
-    report("report", 2, 4, "learning curves")
+    progress("report", 2, 4, "learning curves")
     learning = draw_curves(out / "figures", results / "curves.csv", logs)
     speed = draw_speed(out / "figures", logs)
-    report("report", 3, 4, "UMAP")
-    umap = draw_umap(out / "figures", runs, next(iter(predictions)).recipe, shards, config, report)
-    report("report", 4, 4, "")
+    progress("report", 3, 4, "UMAP")
+    umap = draw_umap(out / "figures", runs, next(iter(predictions)).recipe, shards, config, progress)
+    progress("report", 4, 4, "")
 
     sections = [
         ("Results", "".join(map(formats.to_html, published)) + _unfinished(unfinished) + _leakage(results)),

@@ -186,7 +186,9 @@ def test_a_class_whose_images_are_all_damaged_is_no_class(damaged, tmp_path):
 
 def test_progress_is_told_to_its_end_from_the_calling_thread(tree, tmp_path):
     seen = {}
-    build(tree, tmp_path / "set", BuildOptions(**SMALL), report=lambda stage, *state: seen.update({stage: state}))
+    build(
+        tree, tmp_path / "set", BuildOptions(**SMALL), progress=lambda stage, *state: seen.update({stage: state})
+    )
     assert list(seen) == ["scanning", "listing", "packing", "writing", "reading"]
     assert all(done == total > 0 for done, total, _ in seen.values())
 
@@ -363,8 +365,8 @@ def test_a_script_without_a_main_guard_may_build_with_many_workers(tree, tmp_pat
 
 def test_ctrl_c_ends_workers_and_keeps_what_is_done(tree, tmp_path):
     text = (
-        "def report(stage, done, total, note):\n    if stage == 'packing': print('at work', flush=True)\n"
-        "build(source, out, BuildOptions(size=1500, workers=2), report=report)\n"
+        "def progress(stage, done, total, note):\n    if stage == 'packing': print('at work', flush=True)\n"
+        "build(source, out, BuildOptions(size=1500, workers=2), progress=progress)\n"
     )
     command = script(tmp_path, tree, text)
     with subprocess.Popen(
@@ -386,11 +388,11 @@ def test_ctrl_c_ends_workers_and_keeps_what_is_done(tree, tmp_path):
 def test_workers_do_not_outlive_a_parent_that_is_killed(tree, tmp_path):
     text = (
         "import multiprocessing, os, signal\n"
-        "def report(stage, done, total, note):\n"
+        "def progress(stage, done, total, note):\n"
         "    if stage == 'packing':\n"
         "        print(*[each.pid for each in multiprocessing.active_children()], flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "build(source, out, BuildOptions(size=24, workers=2), report=report)\n"
+        "build(source, out, BuildOptions(size=24, workers=2), progress=progress)\n"
     )
     done = subprocess.run(
         script(tmp_path, tree, text), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False

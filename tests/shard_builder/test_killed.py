@@ -26,7 +26,7 @@ def start(tree, out, *, workers=2, environment=()):
         "pack.CHUNK = 3\n"
         f"options = BuildOptions(size=64, workers={workers}, samples_per_shard=7)\n"
         f"done = build(Path({str(tree)!r}), Path({str(out)!r}), options, "
-        "report=lambda stage, done, total, note: print(stage, done, total, note, flush=True))\nprint(done.lost)"
+        "progress=lambda stage, done, total, note: print(stage, done, total, note, flush=True))\nprint(done.lost)"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **dict(environment)}
@@ -128,11 +128,11 @@ def test_what_other_options_have_left_is_removed(tree, tmp_path):
         process.kill()
     seen = []
 
-    def report(*state):
+    def progress(*state):
         seen.append({path.name for path in (tmp_path / ".set.building").iterdir()})
 
     left = {path.name for path in (tmp_path / ".set.building").iterdir()} - {"lock"}
-    build(tree, tmp_path / "set", BuildOptions(size=24, workers=1), report=report)
+    build(tree, tmp_path / "set", BuildOptions(size=24, workers=1), progress=progress)
     assert seen[0] == left | {"lock"}
     assert not left & seen[-1]
 

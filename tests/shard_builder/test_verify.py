@@ -72,7 +72,7 @@ def write(folder, changed):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_whole_set_has_no_damage(whole, codec, workers):
     seen = []
-    found = verify(whole / codec, workers=workers, report=lambda *state: seen.append(state))
+    found = verify(whole / codec, workers=workers, progress=lambda *state: seen.append(state))
     assert (found.samples, found.shards, found.damage) == (48, 3, [])
     assert found.bytes == sum(path.stat().st_size for path in (whole / codec).glob("*.tar"))
     assert seen[-1] == ("verifying", 48, 48, "")

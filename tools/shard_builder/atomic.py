@@ -1,23 +1,28 @@
-"""Write beside, then `os.replace`: nobody ever sees half a file."""
+"""Write beside, then rename: nobody ever sees half a file or half a folder."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+UNFINISHED = r"(\.[0-9a-f]{8}\.part)"
+"""Regular expression of what follows a file's or folder's name while it is being written."""
+
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, which becomes `path` once it is complete; on an error nothing is left.
+    """A file to write, which becomes `path` once it is complete. On an error `path` stays as it was.
 
-    A durable one is on the disk before that, so that not even a power cut leaves half of it.
+    A durable file is on the disk before it gets its name, so that not even a power cut leaves half of it. Missing
+    parent folders are made.
     """
-    # A name of its own: a killed build's last worker may still be writing the same file.
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -28,6 +33,30 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` once it is complete. On an error nothing is left.
+
+    `path` must be missing or an empty folder; missing parent folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    beside.mkdir()
+    try:
+        yield beside
+        if os.name != "posix" and path.is_dir():
+            path.rmdir()  # elsewhere a rename replaces no folder
+        os.replace(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path) -> Path:
+    # A name of its own: the last worker of a killed build may still be writing the same file.
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ from shard_builder.output import building, check_place, existing_set, put_in_pla
 from shard_builder.pseudonym import key_beside
 from shard_builder.report import write_report
 from shard_builder.scan import Entry, Scan, as_text, choose
-from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 from shard_builder.source import scan_source
 from shard_builder.workers import DIED, Job, Workers, workers_of
 from shard_builder.writer import Sample, write_shard
@@ -63,7 +63,7 @@ def build(
     options: BuildOptions,
     *,
     overwrite: bool = False,
-    report: Report = silent,
+    progress: Progress = no_progress,
     executor: Executor | None = None,
 ) -> BuildResult:
     """Pack the images of `source`, a folder, a table or a DICOMDIR, into a shard set, the folder `out`.
@@ -84,14 +84,14 @@ def build(
     with building(place, out) as folder, workers_of(count, options.dask, executor) as workers:
         recover(place)
         check_place(place, out, overwrite)
-        found = scan_source(source, options, place, key, workers, report)
+        found = scan_source(source, options, place, key, workers, progress)
         chosen = choose(found.entries, per_class=options.per_class, seed=options.seed)
-        states = pack.file_states(found.root, chosen, report)
+        states = pack.file_states(found.root, chosen, progress)
         recorded = _recorded(found, chosen, states, options)
         if not overwrite and (existing := existing_set(place, out, recorded)):
             return BuildResult(existing, built=False)
         packed = pack.pack(
-            workers, found.root, chosen, states, folder, size=options.size, codec=options.codec, report=report
+            workers, found.root, chosen, states, folder, size=options.size, codec=options.codec, progress=progress
         )
         groups = same_pixels(packed.rows, chosen)
         packed.reasons |= set_aside(groups, chosen, options.duplicates)
@@ -107,7 +107,7 @@ def build(
         fields = vocabularies(found.fields, (chosen[number].fields for number in kept))
         classes = sorted({chosen[number].category for number in kept})
         finished, shards = _assemble(
-            workers, chosen, packed, kept, fields, classes, folder, options, recorded, report
+            workers, chosen, packed, kept, fields, classes, folder, options, recorded, progress
         )
         result = Manifest(
             samples=len(kept),
@@ -123,7 +123,7 @@ def build(
         widths_heights = np.stack([packed.rows[name][kept] for name in ("width", "height")], axis=1)
         originals = Counter(map(tuple, widths_heights.tolist()))
         copies = [[chosen[number] for number in group] for group in groups]
-        write_report(finished, read_contents(finished, report), originals, copies)
+        write_report(finished, read_contents(finished, progress), originals, copies)
         sync_folder(finished)
         put_in_place(finished, place)
     return BuildResult(result, built=True)
@@ -171,7 +171,7 @@ def _assemble(
     folder: Path,
     options: BuildOptions,
     recorded: Mapping[str, Any],
-    report: Report,
+    progress: Progress,
 ) -> tuple[Path, list[Shard]]:
     """Write all shards, copying the images `kept` from the spools; the folder they are in, and their lines.
 
@@ -208,13 +208,13 @@ def _assemble(
     missing = [number for number in range(len(starts)) if number not in shards]
     failed = []
     if shards:
-        report("writing", len(shards), len(starts), "")
+        progress("writing", len(shards), len(starts), "")
     for number, shard in workers.finish(_assemble_shard, map(job_of, missing)):
         if shard is None:
             failed.append(number)
         else:
             shards[number] = shard
-        report("writing", len(shards), len(starts), "")
+        progress("writing", len(shards), len(starts), "")
     if failed:
         raise OSError(
             f"the worker died three times while writing {tars[failed[0]].name} ({len(failed)} of {len(starts)} "

@@ -14,7 +14,7 @@ from PIL import Image
 
 from shard_builder.index import parse_index
 from shard_builder.manifest import Manifest, Rejected
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Contents:
         return dict(sorted(found.items()))
 
 
-def read_contents(folder: Path, report: Report = silent) -> Contents:
+def read_contents(folder: Path, progress: Progress = no_progress) -> Contents:
     """Read the labels of all samples; raises `InputError` where there is no whole shard set in `folder`."""
     manifest = Manifest.load(folder)
     manifest.check_files(folder)
@@ -73,7 +73,7 @@ def read_contents(folder: Path, report: Report = silent) -> Contents:
                     sample += 1
         except ValueError:
             raise InputError(f"{tar} is damaged: `modan-fast verify {folder}` tells more") from None
-        report("reading", done, len(manifest.shards), "")
+        progress("reading", done, len(manifest.shards), "")
     if manifest.samples and not 0 <= targets.min() <= targets.max() < len(manifest.classes):
         raise InputError(f"{folder} is damaged: `modan-fast verify {folder}` tells more")
     return Contents(folder, manifest, labels, targets[:, 0])

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from shard_builder.atomic import replacing
 from shard_builder.index import check_index
 from shard_builder.labels import bit_names
-from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -125,7 +125,7 @@ class Manifest:
             except ValueError as error:
                 raise InputError(f"{index} does not fit its shard: {error}") from None
 
-    def check_hashes(self, folder: Path, report: Report = silent) -> None:
+    def check_hashes(self, folder: Path, progress: Progress = no_progress) -> None:
         """Compare the SHA-256 of every tar with the manifest; raises `InputError` that names a damaged one."""
 
         def digest(shard: Shard) -> str:
@@ -146,7 +146,7 @@ class Manifest:
                             f"{tar} has another SHA-256 than its manifest: it is damaged, copy it anew or shard "
                             "the source again"
                         )
-                    report("checking", done, len(running), "")
+                    progress("checking", done, len(running), "")
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

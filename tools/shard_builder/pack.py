@@ -20,7 +20,7 @@ from shard_builder import dicom, image
 from shard_builder.atomic import replacing
 from shard_builder.manifest import Codec
 from shard_builder.scan import Entry
-from shard_builder.settings import Report
+from shard_builder.settings import Progress
 from shard_builder.workers import DIED, Job, Workers
 
 CHUNK = 128  # images that a worker packs at a time: a fraction of a second of work, two megabytes
@@ -63,7 +63,7 @@ class Packed:
     reasons: dict[int, str]
 
 
-def file_states(source: Path, chosen: Sequence[Entry], report: Report) -> NDArray[np.int64]:
+def file_states(source: Path, chosen: Sequence[Entry], progress: Progress) -> NDArray[np.int64]:
     """Size in bytes and time of change in ns of each chosen file, (N, 2) int64; −1 where there is no telling."""
     states = np.full((len(chosen), 2), -1, np.int64)
     for number, entry in enumerate(chosen):
@@ -74,7 +74,7 @@ def file_states(source: Path, chosen: Sequence[Entry], report: Report) -> NDArra
         else:
             states[number] = state.st_size, state.st_mtime_ns
         if (number + 1) % 10_000 == 0 or number + 1 == len(chosen):
-            report("listing", number + 1, len(chosen), "")
+            progress("listing", number + 1, len(chosen), "")
     return states
 
 
@@ -87,7 +87,7 @@ def pack(
     *,
     size: int,
     codec: Codec,
-    report: Report,
+    progress: Progress,
 ) -> Packed:
     """Decode, resize and encode the chosen images into spools in `folder`.
 
@@ -128,7 +128,7 @@ def pack(
 
     def tell() -> None:
         rejected = len(packed.reasons)
-        report("packing", done, len(chosen), f"{rejected:,} rejected" if rejected else "")
+        progress("packing", done, len(chosen), f"{rejected:,} rejected" if rejected else "")
 
     chunks = [chunk_of(start, min(start + CHUNK, len(chosen))) for start in range(0, len(chosen), CHUNK)]
     named = {chunk.spool for chunk in chunks}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shard_builder.labels import RADIMAGENET_US
 from shard_builder.manifest import Rejected
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 OTHER_SUFFIXES = (".bmp", ".gif", ".jp2", ".tif", ".tiff", ".webp")
@@ -77,7 +77,7 @@ def scan_tree(
     anatomy: Mapping[str, str] | None = None,
     names: Names | None = None,
     skip_unknown: bool = False,
-    report: Report = silent,
+    progress: Progress = no_progress,
 ) -> Scan:
     """Find the images of a tree of folders `MODALITY/anatomy/class`; hidden files and other types are ignored, but for
     images of other types, which are rejected.
@@ -87,7 +87,7 @@ def scan_tree(
     source is no such tree.
     """
     anatomy = anatomy or {}
-    files = files or walk(source, report)
+    files = files or walk(source, progress)
     images = {parts: list(filter(is_image, names)) for parts, names in files.found.items()}
     found = {parts: names for parts, names in images.items() if names}
     rejected = files.rejected + [Rejected(as_text(path), "not a file") for path in filter(is_image, files.broken)]
@@ -212,7 +212,7 @@ def as_text(name: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
-def walk(source: Path, report: Report = silent) -> Files:
+def walk(source: Path, progress: Progress = no_progress) -> Files:
     """All files below the folder `source` but hidden ones; raises `InputError` where it is none."""
     if not source.is_dir():
         raise InputError(f"{source} {'is no folder' if source.exists() else 'does not exist'}: {LAYOUT}")
@@ -257,5 +257,5 @@ def walk(source: Path, report: Report = silent) -> Files:
         if names:
             found[parts] = names
         visited, count = visited + 1, count + len(names)
-        report("scanning", visited, visited + len(waiting), f"{count:,} files")
+        progress("scanning", visited, visited + len(waiting), f"{count:,} files")
     return Files(found, broken, rejected)

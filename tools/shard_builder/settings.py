@@ -1,27 +1,84 @@
-"""What the settings of every stage are made of: the error for bad input, and a field that carries its help."""
+"""What the settings of every command share: fields with help, their checks, the error for bad input, and progress."""
 
 from __future__ import annotations
 
+import math
 import os
+import types
+import typing
 from collections.abc import Callable
-from dataclasses import field
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, Literal
 
-Report = Callable[[str, int, int, str], None]
-"""Progress: called as `report(stage, done, total, note)` from the thread that started the work."""
+Progress = Callable[[str, int, int, str], None]
+"""Called as `progress(stage, done, total, note)`, always from the thread that started the work."""
 
 
 class InputError(ValueError):
-    """Wrong use or bad input. The message is one line: what was found, where, what to do."""
+    """Wrong use or bad input. The message is one line: what was found, where, and what to do.
+
+    It writes a setting as Python has it, in backticks: `` `batch_size` `` or `` `overwrite=True` ``. The command line
+    shows these as `--batch-size` and `--overwrite`.
+    """
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with a default and a help text; the command line shows both."""
+    """A dataclass field with a default and a help text; the command line makes an option of it.
+
+    `metadata` may hold `least`, `most` (inclusive bounds of a number), `above`, `below` (exclusive ones) and `why` (the
+    reason of a bound, for the message); `check_settings` checks them. A NaN or an infinite number is outside any bound.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def silent(stage: str, done: int, total: int, note: str = "") -> None:
-    """The `Report` that shows nothing."""
+def check_settings(settings: Any) -> None:
+    """Check every field of a dataclass: that a value of a `Literal` type is one of its words, and a number in bounds.
+
+    `None` passes where the type allows it; each value of a tuple is checked. Raises `InputError` naming the field.
+    """
+    kinds = typing.get_type_hints(type(settings))
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        for single in value if isinstance(value, tuple) else (value,):
+            if single is None:
+                continue
+            _check_choice(each.name, single, kinds[each.name])
+            if isinstance(single, (int, float)) and not isinstance(single, bool):
+                _check_bounds(each.name, single, each.metadata)
+
+
+def _check_choice(name: str, value: Any, kind: Any) -> None:
+    words = literal_words(kind)
+    if words and value not in words:
+        raise InputError(f"`{name}` must be one of {', '.join(words)}, got {value!r}")
+
+
+def literal_words(kind: Any) -> tuple[str, ...]:
+    """The words of a `Literal`, also of one inside `X | None` or `tuple[X, ...]`; none for another type."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (tuple, typing.Union):
+        return next((words for part in typing.get_args(kind) if (words := literal_words(part))), ())
+    return ()
+
+
+def _check_bounds(name: str, value: float, bounds: typing.Mapping[str, Any]) -> None:
+    rules = []
+    for key, words, holds in (
+        ("least", "at least", lambda bound: value >= bound),
+        ("above", "above", lambda bound: value > bound),
+        ("most", "at most", lambda bound: value <= bound),
+        ("below", "below", lambda bound: value < bound),
+    ):
+        if key in bounds:
+            rules.append((f"{words} {bounds[key]}", holds(bounds[key])))
+    if rules and (not all(holds for _, holds in rules) or not math.isfinite(value)):
+        why = f" ({bounds['why']})" if "why" in bounds else ""
+        raise InputError(f"`{name}` must be {' and '.join(rule for rule, _ in rules)}{why}, got {value}")
+
+
+def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
+    """The `Progress` that shows nothing."""
 
 
 def usable_cores() -> int:

@@ -15,7 +15,7 @@ from shard_builder.manifest import Rejected
 from shard_builder.options import BuildOptions
 from shard_builder.pseudonym import load_key, pseudonym
 from shard_builder.scan import Entry, Files, Names, Scan, as_text, class_of, is_image, scan_tree, walk
-from shard_builder.settings import InputError, Report
+from shard_builder.settings import InputError, Progress
 from shard_builder.table import PATHS, PREFIX, columns, read_names, scan_table
 from shard_builder.workers import DIED, Job, Workers
 
@@ -26,7 +26,7 @@ ASKED = 1000  # files that are looked into to tell what a folder holds
 
 
 def scan_source(
-    source: Path, options: BuildOptions, place: Path, key: Path, workers: Workers, report: Report
+    source: Path, options: BuildOptions, place: Path, key: Path, workers: Workers, progress: Progress
 ) -> Scan:
     """The images of `source`, which is a folder, a CSV file or a DICOMDIR, and their labels.
 
@@ -39,7 +39,7 @@ def scan_source(
     if source.is_file() and source.suffix.lower() == ".csv":
         tables, root = [source, *tables], source.parent
     if tables:
-        found = _tables(tables, root, options, report)
+        found = _tables(tables, root, options, progress)
     elif source.is_file() and source.name.upper() == "DICOMDIR":
         _need_pydicom()
         try:
@@ -48,9 +48,9 @@ def scan_source(
             raise InputError(f"{source} is {error}") from None
         found = _listed(source.parent, paths, [])
     else:
-        found = _folder(source, options, [place, key], report)
+        found = _folder(source, options, [place, key], progress)
     if found.form != "tree":
-        found = _opened(found, options, key, workers, report)
+        found = _opened(found, options, key, workers, progress)
     found = _required(found, options.required)
     if found.entries and not any(entry.fields for entry in found.entries):
         raise InputError(
@@ -59,7 +59,7 @@ def scan_source(
     return found
 
 
-def _tables(tables: Sequence[Path], root: Path, options: BuildOptions, report: Report) -> Scan:
+def _tables(tables: Sequence[Path], root: Path, options: BuildOptions, progress: Progress) -> Scan:
     if not root.is_dir():
         raise InputError(f"{root} is no folder: name the one that holds the images of {tables[0]}")
     offered = [name for name in columns(tables[0]) if name and name not in NO_LABELS]
@@ -75,16 +75,16 @@ def _tables(tables: Sequence[Path], root: Path, options: BuildOptions, report: R
         names=_names(options, fields),
         skip_unknown=options.skip_unknown,
         skip_missing=options.skip_missing,
-        report=report,
+        progress=progress,
     )
     return _narrowed(found, fields)
 
 
-def _folder(source: Path, options: BuildOptions, own: Sequence[Path], report: Report) -> Scan:
+def _folder(source: Path, options: BuildOptions, own: Sequence[Path], progress: Progress) -> Scan:
     """A tree of images, or DICOM files where they are more."""
     if (source / PREFIX).is_dir():
         source = source / PREFIX
-    files = _without(walk(source, report), source, own)
+    files = _without(walk(source, progress), source, own)
     paths = ["/".join([*parts, name]) for parts, names in sorted(files.found.items()) for name in sorted(names)]
     asked = paths[:: -(-len(paths) // ASKED) or 1]
     marked = {path for path in asked if dicom.is_dicom(source / path)}
@@ -105,7 +105,7 @@ def _folder(source: Path, options: BuildOptions, own: Sequence[Path], report: Re
         anatomy=options.anatomies,
         names=_names(options, fields),
         skip_unknown=options.skip_unknown,
-        report=report,
+        progress=progress,
     )
     return _narrowed(found, fields)
 
@@ -127,7 +127,7 @@ def _listed(root: Path, paths: Iterable[str], rejected: list[Rejected]) -> Scan:
     return Scan("dicom", (), [Entry(path, {}, "") for path in paths], rejected, root)
 
 
-def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, report: Report) -> Scan:
+def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, progress: Progress) -> Scan:
     """`found` with the frames, and from their own headers the labels, of its DICOM files, and without their names."""
     own = found.form == "dicom"
     fields, names = found.fields, dict[tuple[str, str], str]()
@@ -148,7 +148,7 @@ def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, rep
     secret = load_key(key)
     rejected += [Rejected(pseudonym(secret, each.source), each.reason) for each in unsafe]
     unknown: Counter[str] = Counter()
-    headers = _headers(workers, found.root, hidden, fields if own else (), names, report)
+    headers = _headers(workers, found.root, hidden, fields if own else (), names, progress)
     for entry, header in zip(hidden, headers, strict=True):
         name = pseudonym(secret, entry.source)
         if isinstance(header, str):
@@ -182,7 +182,7 @@ def _headers(
     entries: Sequence[Entry],
     fields: Sequence[str],
     names: Names,
-    report: Report,
+    progress: Progress,
 ) -> list[dicom.Header | str]:
     """The header of each file, or why it has none."""
 
@@ -199,7 +199,7 @@ def _headers(
     for chunk, found in workers.finish(dicom.read_headers, map(job_of, chunks), halves):
         headers[chunk.start : chunk.stop] = found or [DIED]
         done += len(chunk)
-        report("reading headers", done, len(entries), "")
+        progress("reading headers", done, len(entries), "")
     return headers
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shard_builder.manifest import Rejected
 from shard_builder.scan import NO_ANATOMY, Entry, Names, Scan, as_text, class_of, folder_labels, is_image, renamed
-from shard_builder.settings import InputError, Report, silent
+from shard_builder.settings import InputError, Progress, no_progress
 
 PATHS = ("path", "filename")
 PREFIX = "radiology_ai"
@@ -39,7 +39,7 @@ def scan_table(
     names: Names | None = None,
     skip_unknown: bool = False,
     skip_missing: bool = False,
-    report: Report = silent,
+    progress: Progress = no_progress,
 ) -> Scan:
     """The images that the rows of `tables` name, by paths within the folder `root`, and their labels.
 
@@ -71,8 +71,8 @@ def scan_table(
             raise InputError(_at(place, f"{called} names no modality and anatomy: {way}add columns with labels"))
         places.setdefault(path, place)
         if len(places) % 10_000 == 0:
-            report("reading rows", len(places), len(places) + 1, "")  # nobody knows how many there are
-    report("reading rows", len(places), len(places), "")
+            progress("reading rows", len(places), len(places) + 1, "")  # nobody knows how many there are
+    progress("reading rows", len(places), len(places), "")
     for folder in sorted(set(anatomy or {}) - {known[-1] for known in labels}):
         raise InputError(f"--anatomy {folder}: no row of {tables[0]} names an image right in {folder}")
     missing = _missing(root, entries)

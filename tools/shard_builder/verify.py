@@ -16,7 +16,7 @@ from shard_builder.image import ImageError, check_png
 from shard_builder.index import parse_index
 from shard_builder.labels import multi_hot
 from shard_builder.manifest import EXTENSIONS, NAME, Manifest, OtherFormatError, Shard
-from shard_builder.settings import InputError, Report, silent, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 from shard_builder.workers import Job, workers_of
 from shard_builder.writer import member_header, tar_end
 
@@ -35,7 +35,7 @@ class Verified:
     damage: list[str]
 
 
-def verify(folder: Path, *, workers: int | None = None, report: Report = silent) -> Verified:
+def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_progress) -> Verified:
     """Check everything that FORMATS promises of the shard set in `folder`, on all cores or `workers` of them.
 
     Of each shard: its size and SHA-256, each entry of its index, each member's place, header and padding, each
@@ -64,7 +64,7 @@ def verify(folder: Path, *, workers: int | None = None, report: Report = silent)
             if found != "":
                 damage[number] = f"{shard.name}: {found or 'the worker died three times while checking it'}"
             done += shard.samples
-            report("verifying", done, manifest.samples, f"{len(damage)} damaged" if damage else "")
+            progress("verifying", done, manifest.samples, f"{len(damage)} damaged" if damage else "")
     lines = [damage[number] for number in sorted(damage)]
     # Whoever reads all tars, or indices, of the folder would read these, too.
     lines += [
