@@ -1,7 +1,7 @@
-"""The order of the samples and the parameters of a view: pure functions of (seed, epoch, sample, view).
+"""The order of the samples, and what a view is: its parameters, pure functions of (seed, epoch, sample, view).
 
-Every random number is one word of a counter-based generator, so it depends on nothing but its own coordinates:
-neither on threads, ranks and batches, nor on what was drawn before.
+Every random number is one word of a counter-based generator. It depends on its own coordinates alone, and not on
+threads, ranks, batches or earlier numbers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from modan_fast.config import Augmentation
 UInt32s = NDArray[np.uint32]
 
 ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
-# Words of a view's stream. A new parameter takes new words, so that older ones keep their values.
+# Offsets of the words in a view's stream. A new parameter takes new words, so that the others keep their values.
 CROP, POSITION, FLIP, JITTER, BRIGHTNESS, CONTRAST, BLUR, SIGMA = 0, 20, 22, 23, 24, 25, 26, 27
 WORDS = 28
-ORDER_STREAM, SHARD_STREAM = 2**32 - 1, 2**32 - 2  # stand where views have their number
+ORDER_STREAM, SHARD_STREAM = 2**32 - 1, 2**32 - 2  # stream numbers that no view has
 
 
 def philox(counter: tuple[UInt32s, ...], key: tuple[int, int]) -> UInt32s:
-    """Philox4x32-10 (Salmon et al. 2011): four counter words, broadcast to shape S, to random words (*S, 4)."""
+    """Philox4x32-10 (Salmon et al. 2011): from four counter words, broadcast to shape S, random words (*S, 4)."""
     c0, c1, c2, c3 = (word.astype(np.uint64) for word in np.broadcast_arrays(*counter))
     k0, k1 = key
     low = np.uint64(0xFFFFFFFF)
@@ -43,18 +43,18 @@ def philox(counter: tuple[UInt32s, ...], key: tuple[int, int]) -> UInt32s:
 def random_words(
     seed: int, epoch: int, ids: NDArray[np.int64], stream: int | NDArray[np.int64], words: int
 ) -> UInt32s:
-    """Random 32-bit words (N, words) of N samples from one stream, or from one (N,) each; a multiple of 4 words."""
+    """Random 32-bit words (N, words) for N samples; `stream` is one number for all, or (N,); `words` is a multiple of 4."""
     counter = (np.arange(words // 4), np.reshape(stream, (-1, 1)), ids[:, None], np.array(epoch))
     key = (seed & 0xFFFFFFFF, seed >> 32)
     return philox(tuple(word.astype(np.uint32) for word in counter), key).reshape(len(ids), words)
 
 
 def sample_order(seed: int, epoch: int, counts: Sequence[int], window: int) -> NDArray[np.int64]:
-    """The sample ids 0 … S - 1 in the order of an epoch; `counts` holds the samples of each shard.
+    """The sample ids 0 … S - 1 in the order of an epoch; `counts` holds the number of samples in each shard.
 
-    A set of up to `window` samples is shuffled as a whole. Of a larger one, the shards come in random order, and
-    each sample then moves by less than `window` places: whoever reads the shards in that order, one by one, need
-    not hold more than `window` samples at a time.
+    A set of up to `window` samples is shuffled as a whole. Of a larger set, the shards come in random order, and each
+    sample then moves by less than `window` positions. Reading the shards one by one in that order therefore needs
+    memory for `window` samples only.
     """
     samples = sum(counts)
     words = random_words(seed, epoch, np.arange(samples), ORDER_STREAM, 4).astype(np.uint64)
@@ -64,18 +64,18 @@ def sample_order(seed: int, epoch: int, counts: Sequence[int], window: int) -> N
     starts = np.cumsum([0, *counts])
     shuffled = np.argsort(random_words(seed, epoch, np.arange(len(counts)), SHARD_STREAM, 4)[:, 0], kind="stable")
     ids = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shuffled])
-    # Sorted by its place plus a random part of the window, a sample passes only those less than a window away.
+    # Sorted by position plus a random part of the window: no two samples a window or more apart change their order.
     moved = np.arange(samples) + window * (rank[ids] / 2.0**64)
     return ids[np.argsort(moved, kind="stable")]
 
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What is done to N images to make a view of each: crop, resize, flip, brightness, contrast, blur, in this order.
+    """How a view is made of each of N images: crop, resize, flip, brightness, contrast and blur, in this order.
 
-    `box` (N, 4) int32: top, left, height, width, in pixels of the canvas. `flip` (N,) bool: mirrored left to
-    right. `brightness`, `contrast` (N,) float32: factors as torchvision's; 1 changes nothing. `sigma` (N,)
-    float32: of a Gaussian blur, in pixels of the view; 0 where there is none.
+    `box` (N, 4) int32: top, left, height, width, in pixels of the stored image. `flip` (N,) bool: mirrored left to
+    right. `brightness`, `contrast` (N,) float32: factors as in torchvision; 1 changes nothing. `sigma` (N,) float32: of
+    a Gaussian blur, in pixels of the view; 0 means no blur.
     """
 
     box: NDArray[np.int32]
@@ -93,10 +93,10 @@ def view_parameters(
     view: int | NDArray[np.int64],
     canvas: int,
 ) -> ViewParameters:
-    """The parameters of view 0 or 1 of the samples `ids` (N,), on a canvas of canvas x canvas pixels.
+    """The parameters of view 0 or 1 of the samples `ids` (N,), whose stored images have `canvas` x `canvas` pixels.
 
-    `view` is the same for all, or one (N,) for each. Boxes are distributed as those of torchvision's
-    RandomResizedCrop, factors as those of its ColorJitter.
+    `view` is one number for all samples, or (N,). Boxes are distributed as in torchvision's RandomResizedCrop, factors
+    as in its ColorJitter.
     """
     uniform = (random_words(seed, epoch, ids, view, WORDS) + 0.5) / 2**32  # in (0, 1), float64
     attempts = uniform[:, CROP : CROP + 2 * ATTEMPTS].reshape(len(ids), ATTEMPTS, 2)
@@ -105,7 +105,7 @@ def view_parameters(
     height, width = np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))
     fits = (height >= 1) & (width >= 1) & (height <= canvas) & (width <= canvas)
     first = fits.argmax(1)[:, None]
-    # Where no attempt fits, the whole canvas, as torchvision does where its ratio is allowed.
+    # If no attempt fits, the whole image, as in torchvision where that ratio is allowed.
     height = np.where(fits.any(1), np.take_along_axis(height, first, 1)[:, 0], canvas)
     width = np.where(fits.any(1), np.take_along_axis(width, first, 1)[:, 0], canvas)
     top = np.floor(uniform[:, POSITION] * (canvas - height + 1))
@@ -114,8 +114,8 @@ def view_parameters(
     jitter = uniform[:, JITTER] < augmentation.jitter
 
     def factor(strength: float, word: int) -> NDArray[np.float32]:
-        drawn = _between((max(0.0, 1 - strength), 1 + strength), uniform[:, word])
-        return np.where(jitter, drawn, 1).astype(np.float32)
+        sampled = _between((max(0.0, 1 - strength), 1 + strength), uniform[:, word])
+        return np.where(jitter, sampled, 1).astype(np.float32)
 
     return ViewParameters(
         box=np.stack([top, left, height, width], axis=1).astype(np.int32),

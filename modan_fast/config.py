@@ -1,68 +1,77 @@
-"""The settings of each command as frozen dataclasses, and the named recipes: complete settings by method."""
+"""The settings of each command as frozen dataclasses, and how they are read from JSON, YAML and keyword arguments."""
 
 from __future__ import annotations
 
-import math
+import difflib
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from shard_builder.settings import InputError, option
+import yaml
+
+from shard_builder.settings import InputError, check_settings, option
 
 Method = Literal["mulsupcon", "simclr", "supcon", "supervised"]
 Recipe = Literal["paper", "released-code"]
 Stem = Literal["3x3", "7x7"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "fp16", "bf16"]
-Renderer = Literal["auto", "dali", "torch"]
+RendererName = Literal["auto", "dali", "torch"]
 Tier = Literal["auto", "gpu", "host", "stream"]
 Protocol = Literal["finetune", "probe"]
+FinetuneHead = Literal["linear", "identity", "identity-except-simclr"]
 
-
-LARGEST = {"seed": 2**63 - 1, "image_size": 4096, "threads": 1024}
-
-
-def in_range(name: str, value: float, least: float, why: str = "") -> None:
-    """Raise `InputError` where the setting is smaller than it may be, or larger than `LARGEST` says."""
-    if not value >= least or value == math.inf:
-        raise InputError(f"--{name.replace('_', '-')} must be at least {least}{why and f' ({why})'}, got {value}")
-    if value > LARGEST.get(name, value):
-        raise InputError(f"--{name.replace('_', '-')} must be at most {LARGEST[name]}, got {value}")
-
-
-def above_zero(name: str, value: float) -> None:
-    """Raise `InputError` where the setting is not a positive number."""
-    if not 0 < value < math.inf:
-        raise InputError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+LARGEST_SEED = 2**63 - 1
+SMALLEST_IMAGE, LARGEST_IMAGE = 32, 4096  # a ResNet halves the side five times
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The distribution of a view, as torchvision's transforms define it; `augment` samples it.
+    """The distribution of a view, as torchvision's transforms define it; `augment` samples from it.
 
-    Saturation, hue and RandomGrayscale change nothing on one channel, nor on three equal ones, and have no setting.
+    Saturation, hue and RandomGrayscale have no setting: they change nothing on one channel, nor on three equal ones.
     """
 
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the canvas that a crop covers
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width over height of a crop
-    flip: float = 0.5  # probability of a horizontal flip
-    jitter: float = 0.8  # probability that brightness and contrast change
-    brightness: float = 0.4  # factors are uniform in 1 ± this
-    contrast: float = 0.4
-    blur: float = 0.0  # probability of a Gaussian blur whose sigma is uniform in `sigma`, in pixels of the view
-    sigma: tuple[float, float] = (0.1, 2.0)
+    scale: tuple[float, float] = option(
+        (0.2, 1.0), "Smallest and largest share of the image that a crop covers.", above=0, most=1
+    )
+    ratio: tuple[float, float] = option(
+        (3 / 4, 4 / 3), "Smallest and largest width over height of a crop.", above=0, most=100
+    )
+    flip: float = option(0.5, "Probability of a horizontal flip.", least=0, most=1)
+    jitter: float = option(0.8, "Probability that brightness and contrast change.", least=0, most=1)
+    brightness: float = option(
+        0.4, "Strength of the brightness change: the factor is uniform in 1 ± this.", least=0
+    )
+    contrast: float = option(0.4, "Strength of the contrast change: the factor is uniform in 1 ± this.", least=0)
+    blur: float = option(0.0, "Probability of a Gaussian blur.", least=0, most=1)
+    sigma: tuple[float, float] = option(
+        (0.1, 2.0), "Smallest and largest sigma of the blur, in pixels of the view.", above=0, most=100
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for name in ("scale", "ratio", "sigma"):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
+                raise InputError(
+                    f"`augmentation.{name}` must be two numbers, the smaller one first, got {bounds}"
+                )
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Settings of `modan-fast pretrain`. The defaults are the recipe `paper` of `mulsupcon`.
 
-    A field marked `recipe` is set by the recipe unless the user names a value. `None` stands for what only
-    the shard set or the machine can tell; a run's `config.json` holds the values that it resolved to.
+    A field marked `recipe` gets its default from the recipe. A field marked `changeable` may be changed when a run is
+    resumed: it says where things are and how they are computed, not what is computed. `None` stands for what depends on
+    the shard set or the machine; `config.json` records the value that was used.
     """
 
     method: Method = option("mulsupcon", "Pretraining method.")
@@ -71,73 +80,102 @@ class PretrainConfig:
         "shards",
         "Shard set to train on, as `modan-fast shard` writes it: a folder, or a URL (https://host/set, gs://, hf://, "
         "or pipe:COMMAND with {} for a file's name).",
+        changeable=True,
     )
-    out: Path | None = option(None, "Run folder to write; runs/METHOD by default.")
-    epochs: int = option(1000, "Epochs to train.", recipe=True)
-    batch_size: int = option(256, "Images a step; each gives two views.", recipe=True)
-    image_size: int | None = option(None, "Side of a view in pixels; the shard set's canvas by default.")
-    stem: Stem = option("3x3", "First convolution: 3x3 stride 1, or 7x7 stride 2.", recipe=True)
+    out: Path | None = option(None, "Run folder to write; runs/METHOD by default.", changeable=True)
+    epochs: int = option(1000, "Epochs to train.", recipe=True, changeable=True, least=1)
+    batch_size: int = option(
+        256, "Images per step; each gives two views.", recipe=True, least=2, why="a contrast needs a negative"
+    )
+    image_size: int | None = option(
+        None,
+        "Side of a view in pixels; by default that of the stored images.",
+        least=SMALLEST_IMAGE,
+        most=LARGEST_IMAGE,
+    )
+    stem: Stem = option("3x3", "First convolution: 3x3 with stride 1, or 7x7 with stride 2.", recipe=True)
     channels: int = option(
-        1,
-        "Channels of the encoder's input: 1, or 3 equal ones, for programs that expect RGB; the images are grey.",
+        1, "Input channels of the encoder: 1, or 3 equal ones for programs that expect RGB. Images are grey."
     )
-    temperature: float = option(0.07, "Softmax temperature; lower is sharper.", recipe=True)
-    threshold: float = option(0.3, "Smallest Jaccard similarity of a positive pair.", recipe=True)
+    start_from: Literal["random", "imagenet"] = option("random", "Initial weights of the encoder.", recipe=True)
+    imagenet_weights: Path | None = option(
+        None, "File of torchvision's ResNet-18 weights, to start from ImageNet without a download."
+    )
+    sum_filters: bool = option(
+        True,
+        "Start from ImageNet with the first convolution's RGB filters summed; else that convolution is random.",
+        recipe=True,
+    )
+    temperature: float = option(0.07, "Softmax temperature; lower is sharper.", recipe=True, above=0)
+    threshold: float = option(
+        0.3,
+        "Smallest Jaccard similarity of a positive pair; with 0 every pair is positive.",
+        recipe=True,
+        least=0,
+        most=1,
+    )
     optimizer: Literal["sgd", "adam"] = option("sgd", "Optimiser.", recipe=True)
-    lr: float = option(0.05, "Learning rate after the warm-up.", recipe=True)
-    momentum: float = option(0.9, "Momentum of SGD.", recipe=True)
-    weight_decay: float = option(1e-4, "Weight decay.", recipe=True)
+    lr: float = option(0.05, "Learning rate after the warm-up.", recipe=True, above=0)
+    momentum: float = option(0.9, "Momentum of SGD.", recipe=True, least=0, below=1)
+    weight_decay: float = option(1e-4, "Weight decay.", recipe=True, least=0)
     warmup_epochs: int = option(
-        3, "Epochs in which the learning rate rises linearly from 0.01 to a higher lr.", recipe=True
+        3, "Epochs in which the learning rate rises linearly to its full value.", recipe=True, least=0
     )
-    warmup_from: float = option(0.01, "Learning rate at the first step.", hidden=True)
+    warmup_from: float = option(0.01, "Learning rate at the first step of the warm-up.", recipe=True, least=0)
     schedule: Literal["steps", "cosine"] = option(
-        "steps", "Decay: a tenth after epochs 700, 800 and 900, or a cosine over all epochs.", recipe=True
+        "steps", "Decay: a tenth at each milestone, or a cosine over all epochs.", recipe=True
     )
-    milestones: tuple[int, ...] = option((700, 800, 900), "Epochs after which lr drops tenfold.", hidden=True)
-    keep: tuple[int, ...] = option((), "Epochs after which the encoder is kept beside the last.", hidden=True)
-    drop_last: bool = option(True, "Leave out an epoch's last batch where it is not full.", recipe=True)
-    augmentation: Augmentation = option(Augmentation(), "Distribution of the views.", hidden=True)
-    imagenet_weights: Path | None = option(None, "Weights of torchvision's ResNet-18 to start from, as a file.")
-    seed: int = option(0, "Seed of weights, sample order and views.")
-    device: Device = option("auto", "Where to train; a GPU if there is one.")
+    milestones: tuple[float, ...] = option(
+        (0.7, 0.8, 0.9),
+        "When the learning rate drops to a tenth: shares of the epochs (below 1), or epochs.",
+        recipe=True,
+        above=0,
+    )
+    keep: tuple[int, ...] = option((), "Epochs whose encoder is kept beside the last.", recipe=True, least=1)
+    drop_last: bool = option(True, "Leave out an epoch's last batch if it is not full.", recipe=True)
+    augmentation: Augmentation = field(default=Augmentation(), metadata={"recipe": True})
+    seed: int = option(0, "Seed of weights, sample order and views.", least=0, most=LARGEST_SEED)
+    device: Device = option("auto", "Where to train; a GPU if there is one.", changeable=True)
     precision: Precision = option(
         "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
     )
-    compile: bool | None = option(None, "Compile model and loss with torch.compile; by default on GPUs only.")
-    renderer: Renderer = option(
+    compile: bool | None = option(
+        None, "Compile model and loss with torch.compile; by default on GPUs only.", changeable=True
+    )
+    renderer: RendererName = option(
         "auto",
-        "What makes the views: DALI on a GPU where it is installed, and torch on a CPU, where it is about as fast.",
+        "What makes the views: DALI on a GPU where it is installed, torch on a CPU, where it is about as fast.",
+        changeable=True,
     )
     store: Tier = option(
-        "auto", "Where decoded pixels are kept: the GPU if they fit, else host memory, else nowhere (stream)."
+        "auto",
+        "Where decoded pixels are kept: on the GPU if they fit, else in host memory, else nowhere (stream).",
+        changeable=True,
     )
     shuffle_window: int = option(
-        16_384, "Images that are mixed at a time; up to as many wait in memory, encoded, when they are streamed."
+        16_384,
+        "Images that are shuffled together; a stream holds up to as many encoded images in memory.",
+        least=1,
     )
-    threads: int | None = option(None, "CPU threads that decode and render; all cores by default.")
-    checkpoint_every: int = option(10, "Epochs between two checkpoints.")
+    threads: int | None = option(
+        None,
+        "CPU threads that decode and render; all cores by default.",
+        changeable=True,
+        least=1,
+        most=MOST_THREADS,
+    )
+    checkpoint_every: int = option(10, "Epochs between two checkpoints.", changeable=True, least=1)
 
     def __post_init__(self) -> None:
-        in_range("epochs", self.epochs, 1)
-        in_range("batch_size", self.batch_size, 2, "a contrast needs a negative")
-        in_range("warmup_epochs", self.warmup_epochs, 0)
-        in_range("checkpoint_every", self.checkpoint_every, 1)
-        in_range("seed", self.seed, 0)
-        in_range("shuffle_window", self.shuffle_window, 1)
-        if self.image_size is not None:
-            in_range("image_size", self.image_size, 32, "a ResNet halves it five times")
-        if self.threads is not None:
-            in_range("threads", self.threads, 1)
+        check_settings(self)
         if self.channels not in (1, 3):
-            raise InputError(f"--channels must be 1 or 3, got {self.channels}")
-        above_zero("lr", self.lr)
-        above_zero("temperature", self.temperature)
-        in_range("weight_decay", self.weight_decay, 0)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"--momentum must be at least 0 and below 1, got {self.momentum}")
-        if not 0 < self.threshold <= 1:
-            raise InputError(f"--threshold must be above 0 and at most 1, got {self.threshold}")
+            raise InputError(f"`channels` must be 1 or 3, got {self.channels}")
+        if any(milestone >= 1 and milestone != int(milestone) for milestone in self.milestones):
+            raise InputError(
+                f"`milestones` must be shares of the epochs below 1 or whole epochs, got {self.milestones}"
+            )
+        if self.imagenet_weights and self.start_from != "imagenet":
+            raise InputError("`imagenet_weights` needs `start_from=imagenet`: pass both, or neither")
 
     @property
     def run(self) -> Path:
@@ -146,68 +184,24 @@ class PretrainConfig:
 
     @property
     def views(self) -> int:
-        """Views of an image in a batch: two to contrast, one to classify."""
+        """Views per image in a batch: two to contrast, one to classify."""
         return 1 if self.method == "supervised" else 2
 
+    def resolved(self, stored_size: int) -> PretrainConfig:
+        """The same settings with milestones as epochs, and the image size of a set whose images have `stored_size`.
 
-_PAPER = PretrainConfig()
-_RELEASED = PretrainConfig(
-    recipe="released-code", stem="7x7", keep=(200,), drop_last=False, augmentation=Augmentation(scale=(0.08, 1.0))
-)
-_NO_STEPS: dict[str, Any] = {"warmup_epochs": 0, "milestones": ()}
-_SIMCLR: dict[str, Any] = {
-    "method": "simclr",
-    "temperature": 0.1,
-    "schedule": "cosine",
-    "drop_last": True,
-    **_NO_STEPS,
-}
-_ADAM: dict[str, Any] = {
-    "method": "supervised",
-    "optimizer": "adam",
-    "lr": 1e-3,
-    "weight_decay": 0.0,
-    **_NO_STEPS,
-}
-
-RECIPES: dict[tuple[Method, Recipe], PretrainConfig] = {
-    ("mulsupcon", "paper"): _PAPER,
-    ("mulsupcon", "released-code"): _RELEASED,
-    ("supcon", "paper"): replace(_PAPER, method="supcon"),
-    ("supcon", "released-code"): replace(_RELEASED, method="supcon"),
-    ("simclr", "paper"): replace(_PAPER, **_SIMCLR),
-    ("simclr", "released-code"): replace(
-        _RELEASED, **_SIMCLR, augmentation=Augmentation(scale=(0.08, 1.0), blur=0.5)
-    ),
-    ("supervised", "paper"): replace(_PAPER, **_ADAM),
-    ("supervised", "released-code"): replace(
-        _RELEASED,
-        **_ADAM,
-        epochs=200,
-        batch_size=32,
-        keep=(),
-        augmentation=Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0),
-    ),
-}
-
-# What a resumed run may be given anew: where things are and how they are computed, not what is computed.
-MAY_CHANGE_ON_RESUME = frozenset(
-    {"shards", "out", "epochs", "device", "compile", "renderer", "store", "threads", "checkpoint_every"}
-)
-
-
-def pretrain_config(given: Mapping[str, Any]) -> PretrainConfig:
-    """The settings of the recipe that `given` names, or of the default one, changed as `given` says."""
-    recipe = RECIPES[given.get("method", "mulsupcon"), given.get("recipe", "paper")]
-    return replace(recipe, **given)
+        A resumed run therefore keeps the milestones that it began with, whatever its `epochs`.
+        """
+        epochs = (round(each * self.epochs) if each < 1 else int(each) for each in self.milestones)
+        return replace(self, image_size=self.image_size or stored_size, milestones=tuple(epochs))
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training."""
+    """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training (recipe `paper`)."""
 
     task: Path = option(
-        Path("task"), "Task: images and dataframe/*_{train,val,test}_fold{1..5}.csv, or two class folders."
+        Path("task"), "Task: images with dataframe/*_{train,val,test}_fold{1..5}.csv, or two class folders."
     )
     init: tuple[str, ...] = option(
         (), "Encoder to judge: a run folder, an encoder file, scratch, or imagenet. Repeatable."
@@ -219,15 +213,39 @@ class EvaluateConfig:
         None, "Patient of an image: a column of the fold files, or a regular expression for its path."
     )
     positive: str | None = option(None, "Positive one of two class folders; malignant, yes, 1 or the second.")
-    repeats: int = option(10, "How often all folds are trained anew.")
-    epochs: int = option(10, "Epochs of each training.")
-    batch_size: int = option(32, "Images a step.")
-    image_size: int = option(224, "Side of an image in pixels.")
-    lr: float = option(1e-4, "Learning rate of Adam; divided by ten after every five epochs.")
-    probe_lr: float | None = option(None, "The same of the probe; by default lr, or 1e-3 in released-code.")
-    stem: Stem | None = option(None, "First convolution of `scratch` and `imagenet`; the recipe's by default.")
+    repeats: int = option(10, "How often all folds are trained.", least=1)
+    epochs: int = option(10, "Epochs of each training.", least=1)
+    batch_size: int = option(32, "Images per step.", least=2, why="batch-norm needs two images")
+    image_size: int = option(224, "Side of an image in pixels.", least=SMALLEST_IMAGE, most=LARGEST_IMAGE)
+    lr: float = option(1e-4, "Learning rate of Adam; a tenth after every five epochs.", recipe=True, above=0)
+    probe_lr: float | None = option(
+        None,
+        "Learning rate of the probe; by default lr, and 1e-3 in released-code.",
+        recipe=True,
+        above=0,
+    )
+    probe_batch_norm: Literal["frozen", "training"] = option(
+        "frozen",
+        "Batch-norm of the probed encoder: frozen statistics, or statistics that move with each training batch.",
+        recipe=True,
+    )
+    finetune_head: FinetuneHead = option(
+        "linear",
+        "Head of fine-tuning: a two-way linear layer, or identity (the features are the logits, the first two of "
+        "which are the classes); identity-except-simclr gives SimCLR's encoders the linear one.",
+        recipe=True,
+    )
+    model_selection: Literal["lowest-val-loss", "last-epoch"] = option(
+        "lowest-val-loss", "Which epoch of fine-tuning is judged.", recipe=True
+    )
+    stem: Stem = option("3x3", "First convolution of `scratch` and `imagenet`.", recipe=True)
+    sum_filters: bool = option(
+        True,
+        "Give `imagenet` the sum of its first convolution's RGB filters; else that convolution is random.",
+        recipe=True,
+    )
     imagenet_weights: Path | None = option(None, "File of the weights of `imagenet`; torchvision's by default.")
-    seed: int = option(0, "Seed of initial weights and batch order.")
+    seed: int = option(0, "Seed of initial weights and batch order.", least=0, most=LARGEST_SEED)
     device: Device = option("auto", "Where to train; a GPU if there is one.")
     precision: Precision = option(
         "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
@@ -235,30 +253,18 @@ class EvaluateConfig:
     compile: bool | None = option(None, "Compile fine-tuning with torch.compile; by default on GPUs only.")
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "epochs"):
-            in_range(name, getattr(self, name), 1)
-        in_range("batch_size", self.batch_size, 2, "batch-norm needs two images")
-        in_range("seed", self.seed, 0)
-        in_range("image_size", self.image_size, 32, "a ResNet halves it five times")
-        above_zero("lr", self.lr)
-        if self.probe_lr is not None:
-            above_zero("probe_lr", self.probe_lr)
+        check_settings(self)
         if self.group is not None:
             try:
                 re.compile(self.group)
             except re.error as error:
-                raise InputError(f"--group {self.group} is no regular expression ({error})") from error
+                raise InputError(f"`group={self.group}` is no regular expression ({error})") from error
         if not self.init:
-            raise InputError("no encoder to judge: name one or more with --init RUN_FOLDER or --init scratch")
+            raise InputError("no encoder to judge: name one or more with `init=RUN_FOLDER` or `init=scratch`")
 
     def resolved(self) -> EvaluateConfig:
-        """The same settings with the recipe's values in place of `None`."""
-        paper = self.recipe == "paper"
-        return replace(
-            self,
-            probe_lr=self.probe_lr or (self.lr if paper else 1e-3),
-            stem=self.stem or ("3x3" if paper else "7x7"),
-        )
+        """The same settings with the probe's learning rate in place of `None`."""
+        return replace(self, probe_lr=self.probe_lr or self.lr)
 
 
 @dataclass(frozen=True)
@@ -269,16 +275,16 @@ class ReportConfig:
     reference: str | None = option(
         None, "Init that the others are compared with; by default the first one of the method mulsupcon."
     )
-    shards: Path | None = option(None, "Shard set whose images the UMAP shows; by default the inits' own.")
-    samples: int = option(2000, "Images in the UMAP; 0 leaves it out.")
+    shards: Path | None = option(None, "Shard set whose images the UMAP shows; by default that of the inits.")
+    samples: int = option(2000, "Images in the UMAP; 0 leaves it out.", least=0)
     device: Device = option("auto", "Where to compute features; a GPU if there is one.")
 
     def __post_init__(self) -> None:
-        in_range("samples", self.samples, 0)
+        check_settings(self)
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """The settings as JSON values: paths become strings, tuples lists."""
+def to_json(settings: Any) -> dict[str, Any]:
+    """The settings as JSON values: paths become strings, tuples become lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -287,27 +293,121 @@ def to_json(config: Any) -> dict[str, Any]:
             return [plain(each) for each in value]
         return str(value) if isinstance(value, Path) else value
 
-    return dict(plain(asdict(config)))
+    return dict(plain(asdict(settings)))
 
 
-Config = TypeVar("Config")
+Settings = TypeVar("Settings")
 
 
-def from_json(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The inverse of `to_json`; raises `InputError` for a setting that `kind` does not have."""
+def changed(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """`settings` with the values in `given`, by field name; of a nested dataclass as `augmentation.scale` or a mapping.
 
-    def typed(wanted: Any, value: Any) -> Any:
-        if isinstance(wanted, types.UnionType):
-            return None if value is None else typed(wanted.__args__[0], value)
-        if typing.get_origin(wanted) is Literal and value not in typing.get_args(wanted):
-            raise InputError(f"unknown value {value!r}: it was written by another version of modan-fast")
-        if is_dataclass(wanted):
-            return from_json(wanted, value)  # type: ignore[arg-type]
-        if wanted is Path:
+    Values may be JSON's: lists for tuples, strings for paths. Raises `InputError` for an unknown name and for a value
+    of the wrong type.
+    """
+    kinds = typing.get_type_hints(type(settings))
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        outer, _, inner = name.partition(".")
+        if outer not in kinds or (inner and not is_dataclass(kinds[outer])):
+            raise InputError(f"unknown setting `{name}`{_similar(outer, kinds)}")
+        if is_dataclass(kinds[outer]) and (inner or isinstance(value, Mapping)):
+            nested = values.get(outer, getattr(settings, outer))
+            values[outer] = changed(nested, {inner: value} if inner else value)
+        else:
+            values[outer] = _typed(name, kinds[outer], value)
+    return replace(settings, **values)  # type: ignore[type-var]
+
+
+def _similar(name: str, known: typing.Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean `{found[0]}`?" if found else ""
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """`value` as the type `kind`; `InputError` where it is of another one."""
+    if isinstance(kind, types.UnionType):
+        wanted = next(part for part in kind.__args__ if part is not types.NoneType)
+        return None if value is None else _typed(name, wanted, value)
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)):
+            wanted = typing.get_args(kind)[0]
+            return tuple(_typed(name, wanted, each) for each in value)
+    elif kind is float:
+        if isinstance(value, str):  # YAML reads 1e-4 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif kind is Path:
+        if isinstance(value, (str, Path)):
             return Path(value)
-        return tuple(value) if isinstance(value, list) else value
+    elif kind is str:
+        if isinstance(value, (str, Path)):
+            return str(value)
+    elif typing.get_origin(kind) is Literal:
+        return value  # check_settings names the words
+    elif isinstance(value, kind):
+        return value
+    article = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
+    wanted_text = "a list" if typing.get_origin(kind) is tuple else article.get(kind, str(kind))
+    raise InputError(f"`{name}` must be {wanted_text}, got {reprlib.repr(value)}")
 
+
+def read_settings(path: Path, kind: type) -> dict[str, Any]:
+    """The settings that a YAML or JSON file gives for the dataclass `kind`, by name; nested ones as `outer.inner`.
+
+    A run's `config.json` is such a file: its part `settings` is read. Raises `InputError` that names the line of an
+    unknown setting, of one that is given twice, and of whatever is no YAML.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name a YAML or JSON file") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise InputError(f"{where}: no YAML or JSON ({getattr(error, 'problem', error)})") from error
+    if root is None:
+        return {}
+    root = next((value for key, value in _mapping(root, path) if key.value == "settings"), root)
+    given: dict[str, Any] = {}
+    _collect(root, kind, "", path, given)
+    return given
+
+
+def _collect(node: yaml.Node, kind: type, prefix: str, path: Path, given: dict[str, Any]) -> None:
+    """Add the settings below `node` to `given`."""
     kinds = typing.get_type_hints(kind)
-    if unknown := sorted(set(values) - set(kinds)):
-        raise InputError(f"unknown setting {unknown[0]}: it was written by another version of modan-fast")
-    return kind(**{name: typed(kinds[name], value) for name, value in values.items()})
+    for key_node, value in _mapping(node, path):
+        where, key = f"{path}, line {key_node.start_mark.line + 1}", str(key_node.value)
+        outer, _, inner = key.partition(".")
+        name = prefix + key
+        if is_dataclass(kinds.get(outer)):
+            nested = typing.get_type_hints(kinds[outer])
+            if not inner:
+                _collect(value, kinds[outer], f"{name}.", path, given)
+                continue
+            known = inner in nested
+        else:
+            known = key in kinds
+        if not known:
+            raise InputError(f"{where}: unknown setting `{name}`{_similar(outer, kinds)}")
+        if name in given:
+            raise InputError(f"{where}: `{name}` is given twice")
+        try:
+            given[name] = yaml.SafeLoader("").construct_object(value, deep=True)
+        except (yaml.YAMLError, ValueError) as error:
+            raise InputError(f"{where}: `{name}` has no usable value") from error
+
+
+def _mapping(node: yaml.Node, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The keys and values of a YAML mapping."""
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{path}, line {node.start_mark.line + 1}: settings must be `name: value` pairs")
+    return list(node.value)

@@ -1,4 +1,4 @@
-"""Encoded images to pixels, on all cores: DALI, or Pillow where there is none. N images, C x C canvas."""
+"""Stored images to pixels, on all cores, with DALI or else Pillow. N images of C x C pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from modan_fast import config
+from modan_fast.config import RendererName
 from shard_builder.manifest import Codec
 
 Pixels = NDArray[np.uint8]
@@ -25,24 +25,24 @@ def dali_installed() -> bool:
 
 
 class Decoder(Protocol):
-    """Decodes in the background: what `submit` is given, `collect` hands over, in the same order."""
+    """Decodes in the background; `collect` returns the batches in the order of `submit`."""
 
     def submit(self, images: Sequence[bytes]) -> None:
-        """Start decoding `images`, the stored files of N images."""
+        """Start decoding a batch: the stored bytes of N images."""
 
     def collect(self) -> Pixels:
-        """The oldest submitted images, (N, C, C) uint8; waits until they are decoded."""
+        """The oldest submitted batch, (N, C, C) uint8; waits until it is decoded."""
 
 
-def open_decoder(renderer: config.Renderer, *, codec: Codec, size: int, batch_size: int, threads: int) -> Decoder:
-    """What decodes up to `batch_size` images of `size` pixels at a time: DALI, unless `renderer` is torch."""
+def open_decoder(renderer: RendererName, *, codec: Codec, size: int, batch_size: int, threads: int) -> Decoder:
+    """A decoder for batches of up to `batch_size` images of `size` pixels: DALI's, unless `renderer` is torch."""
     if codec != "raw" and renderer != "torch" and dali_installed():
         return DaliDecoder(batch_size, threads)
     return PillowDecoder(codec, size, threads)
 
 
 class PillowDecoder:
-    """Decodes with Pillow, which works outside Python's lock, in threads; raw pixels are only copied."""
+    """Decodes with Pillow in threads (it releases Python's lock); raw pixels are only copied."""
 
     def __init__(self, codec: Codec, size: int, threads: int) -> None:
         self.codec, self.size = codec, size
@@ -64,7 +64,7 @@ class PillowDecoder:
 
 
 class DaliDecoder:
-    """Decodes with DALI. On the CPU, for GPUs too: there DALI decodes PNG on the CPU as well."""
+    """Decodes with DALI on the CPU, also for training on a GPU, because DALI has no GPU decoder for PNG."""
 
     def __init__(self, batch_size: int, threads: int) -> None:
         from nvidia.dali import Pipeline, fn, types

@@ -1,26 +1,27 @@
-"""A folder that a command writes to: free or not, one writer at a time, its files never half-written."""
+"""An output folder: whether it is free, one writer at a time, and its JSON files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from shard_builder.atomic import replacing
 from shard_builder.settings import InputError
 
 LOCK = ".lock"
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keep every other `what` out of a folder; the system gives the lock back, however this one ends.
+def locked(folder: Path, activity: str) -> Iterator[None]:
+    """Hold a folder's lock, for one writer at a time. The system releases it however the process ends.
 
-    Raises `InputError` where another one is at work there.
+    `activity` names the work in the message. Raises `InputError` if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
@@ -28,51 +29,44 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"another {what} is writing to {folder}: wait for it, or name another folder with --out"
+            f"another {activity} is writing to {folder}: wait for it, or choose another folder with `out`"
         ) from error
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
+        with suppress(OSError):  # Windows cannot remove an open file
             (folder / LOCK).unlink()
         lock.release()
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `InputError`, before any work, where nothing can be written to a folder that may be missing yet."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    why = "is no folder" if not there.is_dir() else "may not be written to"
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise InputError(f"nothing can be written to {folder}: {there} {why}; name another one with --out")
+    """Raise `InputError`, before any work, if nothing can be written to a folder, which may be missing yet."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    why = "is no folder" if not existing.is_dir() else "may not be written to"
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise InputError(
+            f"nothing can be written to {folder}: {existing} {why}; choose another folder with `out`"
+        )
 
 
 def is_new(folder: Path) -> bool:
-    """Whether nothing is at `folder`, or nothing in it but a lock."""
+    """Whether `folder` is missing, or holds nothing but a lock."""
     return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write` with a temporary path beside `path`, then put the result in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        with open(beside, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda at: at.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; `InputError` where it is damaged."""
+    """The JSON object in a file. Raises `InputError` if it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

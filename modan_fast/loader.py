@@ -1,4 +1,4 @@
-"""Order, store, augmentation and renderer put together: the batches of an epoch.
+"""The batches of an epoch: order, store, augmentation and renderer put together.
 
 B images a batch, V = 2B views (B for one view an image), H x H pixels, K label bits.
 """
@@ -9,17 +9,20 @@ import itertools
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modan_fast.ahead import one_ahead
 from modan_fast.augment import ViewParameters, sample_order, view_parameters
-from modan_fast.config import Augmentation, PretrainConfig
+from modan_fast.config import Augmentation, PretrainConfig, RendererName, Tier
+from modan_fast.devices import compute_type, pick_device
 from modan_fast.render import Renderer, Rendering, open_renderer
-from modan_fast.shards import ShardSet
+from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import Store, open_store
-from modan_fast.stream import Ids, Samples
+from modan_fast.stream import Ids, PixelBatch
 from shard_builder.settings import InputError, Progress, no_progress, usable_cores
 
 
@@ -38,8 +41,9 @@ class Batch:
 class Loader:
     """The batches of any epoch, each a pure function of (seed, epoch, step).
 
-    `batch_size` counts the images of a step on all ranks together; a rank gets every `world_size`-th of them.
-    Each sample comes exactly once an epoch; `drop_last` leaves out what does not fill a batch at its end.
+    Iterating over it gives the batches of the next epoch, from epoch 0 on; `len` is the number of batches in one.
+    Every sample comes exactly once an epoch; `drop_last` leaves out a last batch that is not full. `batch_size` counts
+    the images of a step on all ranks together; each rank gets every `world_size`-th of them.
     """
 
     def __init__(
@@ -59,111 +63,146 @@ class Loader:
         self.store, self.renderer, self.augmentation = store, renderer, augmentation
         self.batch_size, self.seed, self.drop_last, self.views = batch_size, seed, drop_last, views
         self.window, self.rank, self.world_size = window, rank, world_size
+        self._epochs = itertools.count()
 
-    @property
-    def steps(self) -> int:
-        """Batches in an epoch; a rest that does not give each rank an image is left out."""
+    def __len__(self) -> int:
+        # A remainder with fewer images than ranks is left out.
         full, rest = divmod(sum(self.store.counts), self.batch_size)
         return full + (rest >= self.world_size and not self.drop_last)
 
-    def parts(self, epoch: int, start: int = 0) -> list[Ids]:
-        """The sample ids of each batch of an epoch from step `start` on; of this rank."""
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(next(self._epochs))
+
+    def id_batches(self, epoch: int, start: int = 0) -> list[Ids]:
+        """The sample ids of this rank's batches of an epoch, from step `start` on."""
         order = sample_order(self.seed, epoch, self.store.counts, self.window)
         return [
             order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
-            for step in range(start, self.steps)
+            for step in range(start, len(self))
         ]
 
     def parameters(self, epoch: int, ids: Ids) -> ViewParameters:
-        """The parameters of all views of a batch: those of the first views, then those of the second."""
+        """The parameters of all views of a batch: the first views of all images, then the second."""
         view = np.repeat(np.arange(self.views), len(ids))
         return view_parameters(
             self.augmentation, self.seed, epoch, np.tile(ids, self.views), view, self.store.canvas
         )
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from step `start` on; the next one is rendered while one is in use."""
-        rendering: Samples | None = None
-        with closing(self._work(epoch, start)) as work:
-            try:
-                for samples, parameters in work:  # made ready while the renderer is busy
-                    before, rendering = rendering, None
-                    batch = self.collect(before) if before else None
-                    self.renderer.submit(samples.pixels, parameters)
-                    rendering = samples
-                    if batch:
-                        yield batch
-                if rendering:
-                    before, rendering = rendering, None
-                    yield self.collect(before)
-            finally:
-                # An epoch that is left early must leave nothing in the renderer for the next.
-                if rendering:
-                    self.renderer.collect()
+        with closing(self._ready(epoch, start)) as ready:
+            yield from one_ahead(ready, self.submit, self.collect)
 
     def endless(self) -> Generator[Batch, None, None]:
         """The batches of epoch after epoch."""
         for epoch in itertools.count():
             yield from self.epoch(epoch)
 
-    def _work(self, epoch: int, start: int) -> Generator[tuple[Samples, ViewParameters], None, None]:
-        with closing(self.store.fetch(self.parts(epoch, start))) as fetched:
-            for samples in fetched:
-                yield samples, self.parameters(epoch, samples.ids)
+    def _ready(self, epoch: int, start: int) -> Generator[tuple[PixelBatch, ViewParameters], None, None]:
+        """The pixels and view parameters of each batch; computed while the renderer is busy."""
+        with closing(self.store.fetch(self.id_batches(epoch, start))) as fetched:
+            for batch in fetched:
+                yield batch, self.parameters(epoch, batch.ids)
 
-    def collect(self, samples: Samples) -> Batch:
-        """The batch of the samples that were the oldest given to `renderer`; waits until it is made."""
+    def submit(self, ready: tuple[PixelBatch, ViewParameters]) -> None:
+        """Start rendering a batch."""
+        batch, parameters = ready
+        self.renderer.submit(batch.pixels, parameters)
+
+    def collect(self, ready: tuple[PixelBatch, ViewParameters]) -> Batch:
+        """The oldest submitted batch, rendered; waits until it is."""
+        batch, _ = ready
         views = self.renderer.collect()
-        labels, targets = (each.to(views.device, non_blocking=True) for each in (samples.labels, samples.targets))
-        return Batch(views, labels, targets, torch.from_numpy(samples.ids))
+        labels, targets = (each.to(views.device, non_blocking=True) for each in (batch.labels, batch.targets))
+        return Batch(views, labels, targets, torch.from_numpy(batch.ids))
 
 
 def open_loader(
-    config: PretrainConfig,
-    shards: ShardSet,
+    shards: ShardSet | str | Path,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    views: int = 2,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 - frozen
+    drop_last: bool = True,
+    seed: int = 0,
+    device: torch.device | str = "auto",
+    precision: str = "auto",
+    renderer: RendererName = "auto",
+    store: Tier = "auto",
+    shuffle_window: int = 2**14,
+    threads: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     progress: Progress = no_progress,
 ) -> Loader:
-    """The loader of a run: its store, filled, and its renderer, for views in `dtype` on `device`.
+    """A loader for the shard set in a folder or behind a URL: `for batch in open_loader("shards")`.
 
-    Raises `InputError` where the set is smaller than a batch, is damaged, or does not fit where it is to be kept.
+    `batch_size` is in images (by default 256, or all where there are fewer), `image_size` in pixels (by default that of
+    the stored images). `device`, `precision`, `renderer` and `store` are as in `PretrainConfig`. The set is decoded
+    into memory first, if it fits there. In a distributed program of your own, pass `rank` and `world_size`.
+
+    Raises `InputError` if the set is missing, damaged, smaller than a batch, or does not fit into the `store` asked for.
     """
-    if shards.manifest.samples < config.batch_size:
+    opened = shards if isinstance(shards, ShardSet) else open_shards(shards)
+    samples = opened.manifest.samples
+    if batch_size is None:
+        batch_size = min(256, samples)
+    if samples < batch_size:
         raise InputError(
-            f"--batch-size {config.batch_size} is more than the {shards.manifest.samples} images in "
-            f"{shards.place}: choose a smaller one"
+            f"`batch_size={batch_size}` is more than the {samples} images in {opened.location}: choose a smaller one"
         )
-    threads = config.threads or usable_cores()
-    store = open_store(
-        shards,
-        tier=config.store,
-        renderer=config.renderer,
-        device=device,
-        batch_size=config.batch_size,
+    where = device if isinstance(device, torch.device) else pick_device(device)
+    threads = threads or usable_cores()
+    pixels = open_store(
+        opened,
+        tier=store,
+        renderer=renderer,
+        device=where,
+        batch_size=batch_size,
         threads=threads,
         progress=progress,
     )
-    renderer = open_renderer(
-        config.renderer,
-        Rendering(
-            canvas=store.canvas,
-            size=config.image_size or store.canvas,
-            batch_size=config.views * config.batch_size,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            blur=config.augmentation.blur > 0,
-        ),
+    rendering = Rendering(
+        canvas=pixels.canvas,
+        size=image_size or pixels.canvas,
+        batch_size=views * batch_size,
+        device=where,
+        dtype=compute_type(precision, where),
+        threads=threads,
+        blur=augmentation.blur > 0,
     )
     return Loader(
-        store,
-        renderer,
-        config.augmentation,
+        pixels,
+        open_renderer(renderer, rendering),
+        augmentation,
+        batch_size=batch_size,
+        seed=seed,
+        drop_last=drop_last,
+        views=views,
+        window=shuffle_window,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def loader_of(
+    config: PretrainConfig, shards: ShardSet, *, device: torch.device, progress: Progress = no_progress
+) -> Loader:
+    """The loader of a pretraining run. Raises as `open_loader`."""
+    return open_loader(
+        shards,
         batch_size=config.batch_size,
-        seed=config.seed,
-        drop_last=config.drop_last,
+        image_size=config.image_size,
         views=config.views,
-        window=config.shuffle_window,
+        augmentation=config.augmentation,
+        drop_last=config.drop_last,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+        renderer=config.renderer,
+        store=config.store,
+        shuffle_window=config.shuffle_window,
+        threads=config.threads,
+        progress=progress,
     )

@@ -7,6 +7,7 @@ differentiated once.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,16 +24,16 @@ def jaccard(labels: Tensor) -> Tensor:
 
 
 def _only_once() -> None:
-    """Refuse a gradient of the gradient, which the functions below would give wrongly."""
+    """Refuse a second derivative, which the functions below would compute wrongly."""
     if torch.is_grad_enabled():
         raise RuntimeError("the loss has no second derivative: call backward without create_graph")
 
 
 class LogTotal(torch.autograd.Function):
-    """log sum_b exp(z_a . z_b) over all rows b but a, (V, D) to (V,), with one matrix product to go back.
+    """log sum_b exp(z_a . z_b) over all rows b except a: (V, D) to (V,).
 
-    Autograd does not know that the products are the same from both sides: it makes G z and G' z one by one, where
-    G is their gradient.
+    The backward pass needs one matrix product, (G + G') z, with G the gradient of the logits. Autograd, which does not
+    know that the logits are symmetric, computes G z and G' z.
     """
 
     @staticmethod
@@ -52,7 +53,7 @@ class LogTotal(torch.autograd.Function):
 
 
 class Pull(torch.autograd.Function):
-    """sum_ij w_ij x_i . x_j for symmetric w, (N, D) and (N, N) to a scalar; its product is its gradient, too."""
+    """sum_ij w_ij x_i . x_j for symmetric w: (N, D) and (N, N) to a scalar. The backward pass reuses the product w x."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_NN: Tensor) -> Tensor:
@@ -67,23 +68,23 @@ class Pull(torch.autograd.Function):
         return 2 * gradient * pulled_ND, None
 
 
-def contrast(embeddings_VD: Tensor, weight_NN: Tensor, temperature: float) -> Tensor:
+def contrast(embeddings_VD: Tensor, weight_NN: Tensor, positives_N: Tensor, temperature: float) -> Tensor:
     """Mean over anchors of the weighted cross-entropy between an anchor's positives and its softmax.
 
-    `weight_NN` holds the weight of a pair of images, the same from both sides, 0 for a negative; the other view of an
-    anchor's own image always weighs 1. The sum over an anchor's positives is divided by their count (Eq. 3 of
-    ModAn-MulSupCon; Eq. 2 of Khosla et al. 2020 where all weights are 1).
+    `weight_NN` holds the weights of pairs of images: symmetric, 0 for a negative, and 1 on the diagonal, because the
+    other view of an anchor's own image always weighs 1. `positives_N` counts an image's positive images, itself
+    included. The sum over an anchor's positives is divided by their count (Eq. 3 of ModAn-MulSupCon; Eq. 2 of Khosla et
+    al. 2020 if all weights are 1).
     """
     z_VD = F.normalize(embeddings_VD, dim=1)
     log_total_V = LogTotal.apply(z_VD * temperature**-0.5)
-    weight_NN = weight_NN.clone().fill_diagonal_(1)
     total_N = 2 * weight_NN.sum(1) - 1
     first_ND, second_ND = z_VD.chunk(2)
-    share_N = 1 / (2 * (weight_NN > 0).sum(1, dtype=weight_NN.dtype) - 1)  # of a positive in the mean
-    # Only the softmax needs all pairs of views. What pulls an anchor a to its positives p is sum w_ap z_a.z_p, and
-    # w is the same for all four pairs of views of two images.
+    share_N = 1 / (2 * positives_N - 1)  # of one positive in the mean
+    # Only the softmax needs all pairs of views. An anchor's positives add up to sum_p w_ap z_a.z_p, and w is the same
+    # for all four pairs of views of two images.
     pull = Pull.apply(first_ND + second_ND, weight_NN * (share_N[:, None] + share_N) / 2)
-    # That holds each anchor itself, too, with weight 1.
+    # `pull` includes each anchor paired with itself; subtract those terms.
     itself = (share_N.repeat(2) * (z_VD * z_VD).sum(1)).sum()
     return (((share_N * total_N).repeat(2) * log_total_V).sum() - (pull - itself) / temperature) / len(z_VD)
 
@@ -99,27 +100,40 @@ def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return embeddings, labels.to(embeddings.dtype)
 
 
+def _check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"`temperature` must be above 0 and finite, got {temperature}")
+
+
 class MulSupConLoss(nn.Module):
     """Multi-label supervised contrastive loss, Eq. 3 of ModAn-MulSupCon.
 
-    A pair is positive where the Jaccard similarity of its label sets is at least `threshold`, and counts with
-    that similarity as its weight.
+    A pair is positive if the Jaccard similarity of its label sets is at least `threshold`, in [0, 1], and is weighted
+    with that similarity. With a threshold of 0 every pair is positive; pairs of weight 0 count as positives, too.
 
-    Call with `embeddings` (2N, D), any scale, floating point, and `labels` (N, K), 0/1; returns a scalar.
-    Raises ValueError where the shapes do not fit.
+    Call with `embeddings` (2N, D), floating point, of any scale, and `labels` (N, K), 0/1; returns a scalar. Raises
+    ValueError if the shapes do not fit, `temperature` is not above 0 or `threshold` is outside [0, 1].
+
+    >>> loss = MulSupConLoss()
+    >>> bool(loss(torch.randn(8, 128), torch.eye(4)) > 0)  # four images, each with a label of its own
+    True
     """
 
     def __init__(self, temperature: float = 0.07, threshold: float = 0.3) -> None:
         super().__init__()
+        _check_temperature(temperature)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"`threshold` must be in [0, 1], got {threshold}")
         self.temperature = temperature
         self.threshold = threshold
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings_VD, labels_NK = _checked(embeddings, labels)
-            overlap_NN = jaccard(labels_NK)
-            weight_NN = overlap_NN.where(overlap_NN >= self.threshold, 0)
-            return contrast(embeddings_VD, weight_NN, self.temperature)
+            overlap_NN = jaccard(labels_NK).fill_diagonal_(1)
+            positive_NN = overlap_NN >= self.threshold
+            positives_N = positive_NN.sum(1, dtype=overlap_NN.dtype)
+            return contrast(embeddings_VD, overlap_NN.where(positive_NN, 0), positives_N, self.temperature)
 
 
 class SupConLoss(nn.Module):
@@ -130,6 +144,7 @@ class SupConLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
+        _check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -137,22 +152,24 @@ class SupConLoss(nn.Module):
             embeddings_VD, labels_NK = _checked(embeddings, labels)
             count_N = labels_NK.sum(1)
             differing_NN = count_N[:, None] + count_N - 2 * labels_NK @ labels_NK.T
-            return contrast(embeddings_VD, (differing_NN == 0).to(labels_NK.dtype), self.temperature)
+            equal_NN = (differing_NN == 0).to(labels_NK.dtype)
+            return contrast(embeddings_VD, equal_NN, equal_NN.sum(1), self.temperature)
 
 
 class NTXentLoss(nn.Module):
     """Normalised temperature-scaled cross-entropy (SimCLR, Chen et al. 2020, Eq. 1): the only positive of a
     view is the other view of its image.
 
-    Called as `MulSupConLoss`; the labels count the images and are otherwise ignored.
+    Called as `MulSupConLoss`; of the labels only their number is used.
     """
 
     def __init__(self, temperature: float = 0.10) -> None:
         super().__init__()
+        _check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings_VD, labels_NK = _checked(embeddings, labels)
-            nothing_NN = embeddings_VD.new_zeros(len(labels_NK), len(labels_NK))
-            return contrast(embeddings_VD, nothing_NN, self.temperature)
+            itself_NN = torch.eye(len(labels_NK), dtype=embeddings_VD.dtype, device=embeddings_VD.device)
+            return contrast(embeddings_VD, itself_NN, itself_NN.sum(1), self.temperature)

@@ -1,9 +1,9 @@
-"""Pixels and parameters to views: DALI on a GPU, torch or DALI on a CPU, and the reference that they agree with.
+"""Pixels and view parameters to views: by DALI on a GPU, by torch or DALI on a CPU; and the reference for both.
 
-A renderer is given work with `submit` and hands the views over with `collect`, in the same order; between the
-two it works in the background, so the next batch is made while this one trains.
+A renderer starts work with `submit` and returns the views with `collect`, in the same order. In between it works in the
+background, so the next batch is rendered while this one trains.
 
-N images, S x S canvas, H x H view, V = 2N views, rows i and i + N of one image (V = N for supervised training).
+N images of S x S pixels, views of H x H pixels, V = 2N views, rows i and i + N of one image (V = N for supervised).
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from modan_fast import config
+from modan_fast.config import RendererName
 from modan_fast.augment import ViewParameters
 from modan_fast.decode import dali_installed
 from shard_builder.settings import InputError
 
-PART = 16  # views that a thread makes together: so many operations fewer for which threads wait for one another
+CHUNK = 16  # views that a thread renders together: fewer operations, and threads wait for one another less often
 
 
 class Renderer(Protocol):
-    """What the loader needs of a renderer."""
+    """Renders views in the background; `collect` returns the batches in the order of `submit`."""
 
     name: str
 
     def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
-        """Start the views of `pixels` (N, S, S) uint8; `view` holds the parameters of all V of them, in order."""
+        """Start rendering V views of `pixels` (N, S, S) uint8; `view` holds their parameters, in order."""
 
     def collect(self) -> Tensor:
-        """The oldest submitted views, (V, 1, H, H) in [0, 1], channels-last; waits until they are made."""
+        """The oldest submitted batch, (V, 1, H, H) in [0, 1], channels-last; waits until it is rendered."""
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """How views are made: up to `batch_size` at a time, of `size` pixels, from images of `canvas` pixels, on `device`
-    in `dtype`, by `threads` of the CPU; `blur` says whether any is blurred.
+    """What a renderer has to make: batches of up to `batch_size` views of `size` x `size` pixels, from images of `canvas` x
+    `canvas` pixels, on `device` in `dtype`, with `threads` CPU threads; `blur` is whether any view is blurred.
     """
 
     canvas: int
@@ -58,18 +58,18 @@ class Rendering:
 
     @property
     def warp(self) -> bool:
-        """Whether DALI resizes by its warp, which does not antialias, but is up to 2.5 times as fast on a CPU."""
-        # Where no crop is larger than a view there is nothing to antialias.
+        """Whether DALI resizes with its warp, which is up to 2.5 times as fast on a CPU, but does not antialias."""
+        # If no crop is larger than a view, there is nothing to antialias.
         return self.device.type == "cpu" and self.canvas <= self.size
 
 
-def open_renderer(name: config.Renderer, rendering: Rendering) -> Renderer:
-    """The renderer that `name` stands for; `auto` is DALI on a GPU, where it is installed, and torch on a CPU.
+def open_renderer(name: RendererName, rendering: Rendering) -> Renderer:
+    """The renderer `dali` or `torch`; `auto` is DALI on a GPU if it is installed, else torch.
 
-    Raises `InputError` where DALI is asked for and missing.
+    Raises `InputError` if DALI is asked for and missing.
     """
     if name == "dali" and not dali_installed():
-        raise InputError("--renderer dali needs NVIDIA DALI, which is for Linux only: pass --renderer torch")
+        raise InputError("`renderer=dali` needs NVIDIA DALI, which exists for Linux only: pass `renderer=torch`")
     if name == "torch" or not dali_installed() or (name == "auto" and rendering.device.type == "cpu"):
         return TorchRenderer(rendering)
     return DaliRenderer(rendering)
@@ -78,26 +78,49 @@ def open_renderer(name: config.Renderer, rendering: Rendering) -> Renderer:
 def render_view(pixels: Tensor | list[Tensor], view: ViewParameters, size: int) -> Tensor:
     """The reference: views of `pixels` (N, S, S) uint8 as float32 (V, 1, size, size) in [0, 1].
 
-    `view` holds the parameters of one view of each image, or of the first views of all and then the second.
-    Crop, antialiased bilinear resize, flip, brightness, then contrast about the view's own mean, both clamped
-    to the range, then blur, as torchvision's functional operations do without their rounding to 8 bits.
+    `view` holds the parameters of V views: one of each image, or the first views of all images and then the second.
+    Crop, antialiased bilinear resize, flip, brightness, contrast about the view's own mean, and blur, each clamped to
+    [0, 1]: torchvision's functional operations without their rounding to 8 bits.
     """
-    crops = []
-    images = [*pixels] * (len(view.flip) // len(pixels))
-    for image, (top, left, height, width), flip in zip(images, view.box.tolist(), view.flip, strict=True):
-        crop = image[None, None, top : top + height, left : left + width].float()
-        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
-        crops.append(crop.flip(-1) if flip else crop)
-    views = torch.cat(crops) / 255
-    factors = torch.from_numpy(np.stack([view.brightness, view.contrast])).to(views.device)
+    resized = cropped_and_resized(pixels, view, slice(None), size, rounded=False)
+    return jittered_and_blurred(resized, view, slice(None))
+
+
+def cropped_and_resized(
+    pixels: Tensor | list[Tensor], view: ViewParameters, rows: slice, size: int, *, rounded: bool
+) -> Tensor:
+    """The crops of the views `rows` at their final size, flipped where `view` says so: float32 (v, 1, size, size).
+
+    Grey levels are 0 to 255; `rounded` rounds them to 8 bits, as torchvision's resize of an 8-bit image does.
+    """
+    first = rows.start or 0
+    boxes, flips = view.box[rows].tolist(), view.flip[rows].tolist()
+    resized = torch.empty((len(boxes), 1, size, size), device=pixels[0].device)
+    for row, ((top, left, height, width), flip) in enumerate(zip(boxes, flips, strict=True)):
+        crop = pixels[(first + row) % len(pixels)][None, None, top : top + height, left : left + width]
+        crop = crop.flip(-1) if flip else crop
+        crop = crop if rounded else crop.float()
+        resized[row] = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+    return resized
+
+
+def jittered_and_blurred(resized: Tensor, view: ViewParameters, rows: slice, out: Tensor | None = None) -> Tensor:
+    """Brightness, contrast and blur of the views `rows`: grey levels 0 to 255, which are overwritten, to [0, 1] in `out`.
+
+    Both are float32 (v, 1, H, H).
+    """
+    factors = torch.from_numpy(np.stack([view.brightness[rows], view.contrast[rows]])).to(resized.device)
     brightness, contrast = factors[..., None, None, None]
-    views = (views * brightness).clamp(0, 1)
-    mean = views.mean((1, 2, 3), keepdim=True)
-    views = ((views - mean) * contrast + mean).clamp(0, 1)
-    window = blur_window(size)
-    for number in np.flatnonzero(view.sigma):
-        views[number] = gaussian_blur(views[number], [window, window], [float(view.sigma[number])] * 2)
-    return views.clamp_(0, 1)  # a blur's weights may sum to a little more than 1
+    resized.mul_(brightness / 255).clamp_(max=1)
+    mean = resized.mean((2, 3), keepdim=True)
+    resized.mul_(contrast).add_(mean * (1 - contrast))
+    views = torch.clamp(resized, 0, 1, out=out)
+    window = blur_window(views.shape[-1])
+    for row in np.flatnonzero(view.sigma[rows]).tolist():
+        sigma = float(view.sigma[rows][row])
+        # A kernel's weights may sum to a little more than 1.
+        views[row] = gaussian_blur(views[row], [window, window], [sigma, sigma]).clamp_(0, 1)
+    return views
 
 
 def blur_window(size: int) -> int:
@@ -106,7 +129,7 @@ def blur_window(size: int) -> int:
 
 
 class TorchRenderer:
-    """Renders with torch where the pixels are to be: on a CPU in threads, elsewhere with `render_view`.
+    """Renders with torch on the training device: on a CPU in threads, elsewhere with `render_view`.
 
     On a CPU it is about as fast as DALI, and faster where crops are reduced.
     """
@@ -115,7 +138,7 @@ class TorchRenderer:
 
     def __init__(self, rendering: Rendering) -> None:
         self.size, self.device, self.dtype = rendering.size, rendering.device, rendering.dtype
-        # Views are enough to keep all cores busy: an operation needs no threads of its own.
+        # The views keep all cores busy, so a single operation gets one thread.
         self._threads = ThreadPoolExecutor(
             rendering.threads, "render", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -124,75 +147,58 @@ class TorchRenderer:
     def submit(self, pixels: Tensor | list[Tensor], view: ViewParameters) -> None:
         """See `Renderer.submit`."""
         if self.device.type != "cpu":
-            # Where they are shown, not where they lie: so that views are the same from all tiers.
+            # On the training device whatever the tier, so that all tiers give the same views.
             assert isinstance(pixels, Tensor)
-            there = pixels.to(self.device, non_blocking=True)
-            self._pending.append([self._threads.submit(render_view, there, view, self.size)])
+            on_device = pixels.to(self.device, non_blocking=True)
+            self._pending.append([self._threads.submit(render_view, on_device, view, self.size)])
             return
         count = len(view.flip)
-        # In channels-last layout, as convolutions are told to work.
+        # Channels-last, the layout of the convolutions.
         views = torch.empty((count, self.size, self.size, 1)).permute(0, 3, 1, 2)
-        parts = (slice(start, min(start + PART, count)) for start in range(0, count, PART))
-        self._pending.append([self._threads.submit(draw, pixels, view, part, views) for part in parts])
+        chunks = (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+        self._pending.append([self._threads.submit(_render_chunk, pixels, view, rows, views) for rows in chunks])
 
     def collect(self) -> Tensor:
         """See `Renderer.collect`."""
-        views = [part.result() for part in self._pending.popleft()][-1]
+        views = [chunk.result() for chunk in self._pending.popleft()][-1]
         return views.to(self.device, self.dtype, memory_format=torch.channels_last)
 
 
-def draw(pixels: Tensor | list[Tensor], view: ViewParameters, part: slice, views: Tensor) -> Tensor:
-    """Write a part of the views of `pixels` (N, S, S) to `views` (V, 1, H, H) float32, which is returned.
-
-    As `render_view`, but for the resized image, which is rounded to 8 bits, as torchvision's is.
-    """
-    size, window = views.shape[-1], blur_window(views.shape[-1])
-    boxes, flips = view.box[part].tolist(), view.flip[part].tolist()
-    made = torch.empty((len(boxes), 1, size, size))
-    for row, ((top, left, height, width), flip) in enumerate(zip(boxes, flips, strict=True)):
-        crop = pixels[(part.start + row) % len(pixels)][None, None, top : top + height, left : left + width]
-        crop = crop.flip(-1) if flip else crop
-        made[row] = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
-    factors = torch.from_numpy(np.stack([view.brightness[part], view.contrast[part]]))
-    brightness, contrast = factors[..., None, None, None]
-    made.mul_(brightness / 255).clamp_(max=1)
-    mean = made.mean((2, 3), keepdim=True)
-    made.mul_(contrast).add_(mean * (1 - contrast))
-    shown = torch.clamp(made, 0, 1, out=views[part])
-    for row, sigma in enumerate(view.sigma[part].tolist()):
-        if sigma:
-            shown[row] = gaussian_blur(shown[row], [window, window], [sigma, sigma]).clamp(0, 1)
+def _render_chunk(pixels: Tensor | list[Tensor], view: ViewParameters, rows: slice, views: Tensor) -> Tensor:
+    """Write the views `rows` of `pixels` (N, S, S) to `views` (V, 1, H, H) float32, which is returned."""
+    resized = cropped_and_resized(pixels, view, rows, views.shape[-1], rounded=True)
+    jittered_and_blurred(resized, view, rows, out=views[rows])
     return views
 
 
 def dali_pipeline(rendering: Rendering, stages: int | None = None) -> Any:
     """The DALI pipeline for a CPU or a GPU: uint8 images and parameters in, float32 views in [0, 1] out.
 
-    `stages` cuts it off after so many of its `dali_stages`, for whoever wants to know what each costs.
+    With `stages` it ends after that number of its `dali_stages`, to measure what each costs.
     """
     from nvidia.dali import Pipeline, fn, types
 
-    place = "gpu" if rendering.device.type == "cuda" else "cpu"
+    backend = "gpu" if rendering.device.type == "cuda" else "cpu"
     pipeline = Pipeline(
         batch_size=rendering.batch_size,
         num_threads=rendering.threads,
-        device_id=rendering.device.index if place == "gpu" else None,
-        # One batch in flight: the loader submits the next one before it hands over this one.
+        device_id=rendering.device.index if backend == "gpu" else None,
+        # One batch in flight: the loader submits the next one before it returns this one.
         prefetch_queue_depth=1,
-        # With it an output is its receiver's own, and the next run writes elsewhere.
+        # The receiver owns an output, and the next run writes to other memory.
         exec_dynamic=True,
     )
 
     with pipeline:
         images = fn.external_source(
             name="pixels",
-            device=place,
+            device=backend,
             dtype=types.UINT8,
             ndim=3,
             layout="HWC",
             batch=True,
-            # On the CPU it reads the rows where they lie, those of the first view again for the second.
-            no_copy=place == "cpu",
+            # On the CPU it reads the stored images without a copy, once per view.
+            no_copy=backend == "cpu",
         )
         *_, view = islice(dali_stages(images, rendering), stages)
         pipeline.set_outputs(view)
@@ -201,24 +207,24 @@ def dali_pipeline(rendering: Rendering, stages: int | None = None) -> Any:
 
 
 def contrasted(views: Any, means: Any, contrast: Any) -> Any:
-    """DALI's uint8 views with another contrast about `means`, by arithmetic, rounded and saturated."""
+    """DALI's uint8 views with changed contrast about `means`, by arithmetic, rounded and saturated."""
     from nvidia.dali import fn, types
 
     return fn.cast((views - means) * contrast + means, dtype=types.UINT8)
 
 
 def dali_stages(images: Any, rendering: Rendering) -> Iterator[Any]:
-    """What becomes of `images` stage by stage, inside a pipeline.
+    """The outputs of a pipeline's stages, one by one.
 
-    The stages are crop, resize, brightness, its mean, contrast, blur where there is any, and float32. All but the
-    mean and the last saturate and round to 8 bits, as torchvision's operations on 8-bit images do.
+    The stages are crop, resize, brightness, its mean, contrast, blur if any, and float32. All but the mean and the last
+    saturate and round to 8 bits, as torchvision's operations on 8-bit images do.
     """
     from nvidia.dali import fn, types
 
     def argument(name: str, ndim: int, dtype: Any = types.FLOAT) -> Any:
         return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True)
 
-    # Sliced first, because a region of interest would let its surroundings bleed into its edges.
+    # Cropped before the resize: its region of interest would mix pixels around the crop into the edges.
     crop = fn.slice(
         images,
         start=argument("corner", 1, types.INT32),
@@ -250,7 +256,7 @@ def dali_stages(images: Any, rendering: Rendering) -> Iterator[Any]:
     yield mean
     contrast = argument("contrast", 0)
     if rendering.device.type == "cuda":
-        # As an operator's argument, DALI would wait for the mean on the host.
+        # Arithmetic, because as an operator's argument the mean would have to be on the host.
         view = contrasted(bright, mean, contrast.gpu())
     else:
         view = fn.brightness_contrast(bright, contrast=contrast, contrast_center=mean)
@@ -262,18 +268,18 @@ def dali_stages(images: Any, rendering: Rendering) -> Iterator[Any]:
 
 
 def dali_arguments(view: ViewParameters, rendering: Rendering) -> dict[str, NDArray[Any]]:
-    """What the stages are told of each view, by the names of their inputs, in the order of the stages."""
+    """The inputs of the stages for each view, by name, in the order of the stages."""
     arguments: dict[str, NDArray[Any]] = {
         "corner": np.ascontiguousarray(view.box[:, :2]),
         "extent": np.ascontiguousarray(view.box[:, 2:]),
     }
-    # Resizing mirrors at no cost.
+    # The resize mirrors at no extra cost.
     flip = view.flip.astype(np.float32)
     zero, one = np.zeros_like(flip), np.ones_like(flip)
     if rendering.warp:
         size = rendering.size
         height, width = view.box[:, 2:].T.astype(np.float32)
-        # From a view's coordinates (x, y, 1) to its crop's, both measured from the upper left corner.
+        # From coordinates (x, y, 1) in a view to those in its crop, both from the upper left corner.
         rows = [(1 - 2 * flip) * width / size, zero, flip * width], [zero, height / size, zero], [zero, zero, one]
         arguments["matrix"] = np.array(rows).transpose(2, 0, 1).copy()
     else:
@@ -281,13 +287,13 @@ def dali_arguments(view: ViewParameters, rendering: Rendering) -> dict[str, NDAr
         arguments |= {"start": np.stack([zero, flip], axis=1), "end": np.stack([one, one - flip], axis=1)}
     arguments |= {"brightness": view.brightness, "contrast": view.contrast}
     if rendering.blur:
-        # DALI chooses a sigma of its own for 0; this one's neighbours weigh nothing.
+        # DALI replaces a sigma of 0 by one of its own; with 0.05 the neighbours weigh nothing.
         arguments["sigma"] = view.sigma.clip(min=0.05)
     return arguments
 
 
 class DaliRenderer:
-    """Renders with DALI's operators on the training device, from parameters that `augment` computed."""
+    """Renders with DALI's operators on the training device."""
 
     name = "dali"
 
@@ -305,7 +311,7 @@ class DaliRenderer:
             assert isinstance(pixels, Tensor)
             images = torch.cat([pixels[..., None].to(self.device, non_blocking=True)] * views)
         else:
-            # DALI asks torch for a CUDA stream when it is given any tensor of torch's, so host pixels go as arrays.
+            # Arrays, because DALI asks torch for a CUDA stream when it gets a tensor.
             images = [image[..., None].numpy() for image in pixels] * views
         feed("pixels", images, layout="HWC")
         for name, values in dali_arguments(view, self.rendering).items():

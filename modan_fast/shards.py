@@ -1,4 +1,4 @@
-"""Open a shard set, in a folder or behind a URL: its manifest, checked against the files beside it."""
+"""A shard set, in a folder or behind a URL: its manifest, checked against the files beside it."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ from shard_builder.settings import InputError
 
 @dataclass(frozen=True)
 class ShardSet:
-    """What a shard set holds, and where.
+    """An open shard set.
 
-    `place` is a folder, whose files exist and have the sizes that the manifest states, or a URL. `fingerprint` is
-    the SHA-256 of the manifest, and so of all the samples.
+    `location` is a folder, whose files exist and have the sizes that the manifest states, or a URL. `fingerprint` is
+    the SHA-256 of the manifest, and so identifies all samples.
     """
 
-    place: str
+    location: str
     manifest: Manifest
     fingerprint: str
 
     @property
     def remote(self) -> bool:
         """Whether the set lies behind a URL."""
-        return is_url(self.place)
+        return is_url(self.location)
 
     @property
     def counts(self) -> list[int]:
-        """The samples of each shard."""
+        """The number of samples in each shard."""
         return [shard.samples for shard in self.manifest.shards]
 
-    def url(self, number: int) -> str:
-        """A shard, counted in storage order, as the webdataset library opens it."""
-        return url_of(self.place, self.manifest.shards[number].name)
+    def shard_url(self, number: int) -> str:
+        """The URL of a shard, numbered in storage order, for the webdataset library."""
+        return url_of(self.location, self.manifest.shards[number].name)
 
 
-def open_shards(place: str | Path) -> ShardSet:
-    """Open the shard set at `place`: a folder, or a URL that the webdataset library knows.
+def open_shards(location: str | Path) -> ShardSet:
+    """Open a shard set: a folder, or a URL that the webdataset library can open.
 
-    A `pipe:` URL is a command that prints a file, whose name it has as `{}`; to any other URL the name is added.
-    Raises `InputError` where the set is missing, damaged or of another format.
+    A `pipe:` URL is a command that prints a file; `{}` in it stands for the file's name. To any other URL the name is
+    appended. Raises `InputError` if the set is missing, damaged or of another format.
     """
-    place = str(place)
-    if is_url(place):
-        content = _fetched(url_of(place, NAME))
-        manifest = Manifest.parse(content, url_of(place, NAME))
+    location = str(location)
+    if is_url(location):
+        content = _fetched(url_of(location, NAME))
+        manifest = Manifest.parse(content, url_of(location, NAME))
     else:
-        folder = Path(place)
+        folder = Path(location)
         manifest = Manifest.load(folder)
         manifest.check_files(folder)
         content = (folder / NAME).read_bytes()
-    return ShardSet(place, manifest, hashlib.sha256(content).hexdigest())
+    return ShardSet(location, manifest, hashlib.sha256(content).hexdigest())
 
 
-def is_url(place: str) -> bool:
-    """Whether `place` begins with a URL's scheme; a single letter is a drive of Windows."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", place) is not None
+def is_url(location: str) -> bool:
+    """Whether `location` begins with a URL's scheme; a single letter is a Windows drive."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", location) is not None
 
 
-def url_of(place: str, name: str) -> str:
-    """The URL of a file of the shard set at `place`."""
-    if not is_url(place):
-        return (Path(place).absolute() / name).as_uri()
-    if place.startswith("pipe:"):
-        if "{}" not in place:
-            raise InputError(f"--shards {place} must have {{}} where the name of a file goes")
-        return place.replace("{}", name)
-    return f"{place.rstrip('/')}/{name}"
+def url_of(location: str, name: str) -> str:
+    """The URL of the file `name` of the shard set at `location`."""
+    if not is_url(location):
+        return (Path(location).absolute() / name).as_uri()
+    if location.startswith("pipe:"):
+        if "{}" not in location:
+            raise InputError(f"`shards={location}` must have {{}} where the file's name belongs")
+        return location.replace("{}", name)
+    return f"{location.rstrip('/')}/{name}"
 
 
 def _fetched(url: str) -> bytes:
@@ -78,10 +78,10 @@ def _fetched(url: str) -> bytes:
     try:
         with gopen(url) as stream:
             return bytes(stream.read())
-    except Exception as error:  # whatever the library, or the program that it starts, makes of it
+    except Exception as error:  # the library raises anything, and so does the program that it starts
         raise InputError(f"no shard set at {url}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """The error's message, cut to one line."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -1,115 +1,175 @@
-"""The training step: model, loss and optimiser of a run, each in its own type and layout."""
+"""The state of a training run: encoder with head, loss, optimiser and schedule; one step of it; saving and restoring.
+
+N images, C channels, H x W pixels, F features, D embedding dimensions.
+"""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
-from modan_fast import checkpoint, models
-from modan_fast.config import PretrainConfig
+from modan_fast.config import Method, PretrainConfig
+from modan_fast.devices import compute_type, tuned_convolutions, wants_compile
+from modan_fast.encoders import Encoder, imagenet_encoder
 from modan_fast.loader import Batch
 from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
-from modan_fast.machine import compiler, compute_type
-from modan_fast.models import Pretrainee, head
-
-log = logging.getLogger(__name__)
+from modan_fast.metrics import EpochClock
 
 
-class Step:
-    """What is trained, and how: `update` makes one step of it.
+class EncoderWithHead(nn.Module):
+    """An encoder with its pretraining head: views (N, 1, H, W) to embeddings (N, D)."""
 
-    Weights are drawn from torch's global generator, seeded with the run's seed.
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, views: Tensor) -> Tensor:
+        embeddings: Tensor = self.head(self.encoder(views))
+        return embeddings
+
+
+class TrainState:
+    """A training run at one moment: weights, optimiser, and the position (`epoch` and `step` in it, from 0).
+
+    `update` advances it by a step, `end_epoch` to the next epoch; `state_dict` and `load_state_dict` save and restore
+    it. New weights are sampled from torch's global generator, seeded with the run's seed.
     """
 
     def __init__(self, config: PretrainConfig, *, classes: int, steps: int, device: torch.device) -> None:
-        """`classes` counts the logits of the supervised method, `steps` the batches of an epoch."""
-        self.config, self.steps, self.dtype = config, steps, compute_type(config.precision, device)
+        """`classes` is the number of logits of the supervised method, `steps` that of batches in an epoch."""
+        self.config, self.steps, self.device = config, steps, device
+        self.dtype = compute_type(config.precision, device)
         self.compiled = wants_compile(config.compile, device)
         torch.manual_seed(config.seed)
-        self.encoder = first_encoder(config)
-        self.model = Pretrainee(self.encoder, head(config.method, classes))
+        self.encoder = new_encoder(config)
+        self.model = EncoderWithHead(self.encoder, new_head(config.method, classes, self.encoder.num_features))
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = optimizer_of(config, self.model)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        # A last batch of another size gets a graph of its own, and leaves that of the others as it is.
-        self._forward: Any = torch.compile(self.model, dynamic=False) if self.compiled else self.model
-        loss = loss_function(config)
-        self._loss: Any = torch.compile(loss, dynamic=False) if self.compiled else loss
         self.model.train()
+        self.optimizer = new_optimizer(config, self.model)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        # Static shapes: a smaller last batch gets a graph of its own and leaves the other one as it is.
+        self._model: Any = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        loss = new_loss(config)
+        self._loss: Any = torch.compile(loss, dynamic=False) if self.compiled else loss
+        self.epoch = self.step = 0
+        self._loss_sum = torch.zeros((), device=device)
+        self.clock = EpochClock(device)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss of a batch, a float32 scalar that stays on the device."""
-        mixed = torch.autocast(batch.views.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """The loss of a batch: a float32 scalar that stays on the device."""
+        mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with tuned_convolutions(), mixed:
-            # Grey in each channel, and so saturation, hue and RandomGrayscale would change nothing here either.
-            embeddings = self._forward(batch.views.expand(-1, self.config.channels, -1, -1))
-        loss: Tensor = self._loss(embeddings.float(), batch.targets if self.config.views == 1 else batch.labels)
+            embeddings = self._model(batch.views)
+        labels = batch.targets if self.config.method == "supervised" else batch.labels
+        loss: Tensor = self._loss(embeddings.float(), labels)
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        """Fill the gradients."""
+        """Compute the gradients."""
         with tuned_convolutions():
             self._scaler.scale(loss).backward()
 
-    def optimise(self, step: int) -> None:
-        """Change the weights, with the learning rate of `step`, counted from the start of the run."""
+    def optimise(self) -> None:
+        """Update the weights with the learning rate of the current step."""
+        rate = rate_at(self.config, self.epoch * self.steps + self.step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(self.config, step, self.steps)
+            group["lr"] = rate
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self, batch: Batch, step: int) -> Tensor:
-        """One step of training; returns its loss, which stays on the device."""
+    def update(self, batch: Batch) -> None:
+        """Train one step on a batch."""
         loss = self.forward(batch)
         self.backward(loss)
-        self.optimise(step)
-        return loss.detach()
+        self.optimise()
+        self._loss_sum += loss.detach()
+        self.step += 1
 
-    def state(self) -> dict[str, Any]:
-        """All that `load_state` needs to go on from here."""
+    @property
+    def epoch_finished(self) -> bool:
+        """Whether all batches of the current epoch were trained on."""
+        return self.step >= self.steps
+
+    def metrics(self, samples: int) -> dict[str, float]:
+        """The numbers of the current epoch so far, of a set of `samples` images; this synchronises."""
+        loss = self._loss_sum.item() / self.step
+        seconds = self.clock.seconds
+        images = min(self.step * self.config.batch_size, samples)
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "loss": loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "views_per_second": round(images * self.config.views / seconds, 1),
+            "wait_share": round(self.clock.wait_share, 4),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
-        self.model.load_state_dict(state["model"])
+    def end_epoch(self) -> None:
+        """Move on to the start of the next epoch."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self.clock = EpochClock(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to continue from here, also within an epoch."""
+        encoder = {f"encoder.{name}": value for name, value in self.encoder.weights.items()}
+        head = {f"head.{name}": value for name, value in self.model.head.state_dict().items()}
+        begun = self.step > 0
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self._loss_sum,
+            "model": encoder | head,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "seconds": self.clock.seconds if begun else 0.0,
+            "waited": self.clock.waited if begun else 0.0,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; raises KeyError, RuntimeError, TypeError or ValueError where it does not fit."""
+        model = state["model"]
+        for part, name in ((self.encoder.network, "encoder."), (self.model.head, "head.")):
+            part.load_state_dict({key.removeprefix(name): model[key] for key in model if key.startswith(name)})
         fused = self.optimizer.param_groups[0]["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["fused"] = fused  # is this machine's, and not that of the state
-        if state["scaler"]:  # empty from where no loss is scaled
+            group["fused"] = fused  # this machine's choice, not that of the state
+        if state["scaler"]:  # empty if the state was saved where losses are not scaled
             self._scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        self._loss_sum = state["loss_sum"].to(self.device)
+        self.clock = EpochClock(self.device, state["seconds"], state["waited"])
 
 
-def tuned_convolutions() -> AbstractContextManager[None]:
-    """Lets cuDNN time its algorithms once for each shape, and take the fastest; for shapes that stay the same."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True)
-
-
-def first_encoder(config: PretrainConfig) -> ResNet:
-    """The encoder that a run starts from: random, or with ImageNet's weights where they are named or the recipe
-    has them (the published supervised baseline starts from them, with a first convolution drawn at random).
-    """
-    released = config.recipe == "released-code"
-    if config.imagenet_weights is None and not (released and config.method == "supervised"):
-        return models.encoder(config.stem, config.channels)
-    return checkpoint.load_imagenet(
-        config.imagenet_weights, config.stem, sum_filters=not released, channels=config.channels
+def new_encoder(config: PretrainConfig) -> Encoder:
+    """The encoder that a run starts from: random, or with ImageNet's weights."""
+    if config.start_from == "random":
+        return Encoder(config.stem, config.channels)
+    return imagenet_encoder(
+        config.imagenet_weights, config.stem, sum_filters=config.sum_filters, channels=config.channels
     )
 
 
-def loss_function(config: PretrainConfig) -> nn.Module:
+def new_head(method: Method, classes: int, num_features: int) -> nn.Module:
+    """The pretraining head: features (N, F) to embeddings (N, D), or to one logit per class.
+
+    MulSupCon and SupCon have no projection head: their embedding is the 1000 outputs of a layer like the ResNet's own
+    `fc`. SimCLR's head has one hidden layer.
+    """
+    if method == "supervised":
+        return nn.Linear(num_features, classes)
+    if method == "simclr":
+        return nn.Sequential(nn.Linear(num_features, 2048), nn.ReLU(inplace=True), nn.Linear(2048, 128))
+    return nn.Linear(num_features, 1000)
+
+
+def new_loss(config: PretrainConfig) -> nn.Module:
     """The loss of a method, called with embeddings and labels, or with logits and targets for `supervised`."""
     losses: dict[str, Callable[[], nn.Module]] = {
         "mulsupcon": lambda: MulSupConLoss(config.temperature, config.threshold),
@@ -120,8 +180,8 @@ def loss_function(config: PretrainConfig) -> nn.Module:
     return losses[config.method]()
 
 
-def optimizer_of(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of a run; fused on a GPU, where with another one the loss scaler reads back every step."""
+def new_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of a run, fused on a GPU: the loss scaler reads a value back at each step of any other."""
     parameters = list(model.parameters())
     fused = parameters[0].is_cuda
     if config.optimizer == "adam":
@@ -130,7 +190,7 @@ def optimizer_of(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def lr_at(step: int, *, peak: float, start: float, warmup: int, milestones: Iterable[int]) -> float:
-    """Learning rate of a step: linear from `start` to `peak` over `warmup` steps, a tenth from each milestone."""
+    """Learning rate of a step: linear from `start` to `peak` over `warmup` steps, a tenth from each milestone on."""
     if step < warmup:
         return start + (peak - start) * step / warmup
     return peak * math.prod(0.1 for milestone in milestones if step >= milestone)
@@ -142,7 +202,10 @@ def cosine_lr_at(epoch: int, *, peak: float, epochs: int) -> float:
 
 
 def rate_at(config: PretrainConfig, step: int, steps: int) -> float:
-    """Learning rate of a step of a run whose epochs have `steps` steps."""
+    """Learning rate of a step, counted from the start of the run, with `steps` steps an epoch.
+
+    The milestones of `config` must be epochs, as in `PretrainConfig.resolved`.
+    """
     if config.schedule == "cosine":
         return cosine_lr_at(step // steps, peak=config.lr, epochs=config.epochs)
     return lr_at(
@@ -150,15 +213,5 @@ def rate_at(config: PretrainConfig, step: int, steps: int) -> float:
         peak=config.lr,
         start=min(config.warmup_from, config.lr),
         warmup=config.warmup_epochs * steps,
-        milestones=[epoch * steps for epoch in config.milestones],
+        milestones=[int(epoch) * steps for epoch in config.milestones],
     )
-
-
-def wants_compile(asked: bool | None, device: torch.device) -> bool:
-    """Whether to compile: as asked, by default on GPUs only; never, with a warning, without a C++ compiler."""
-    if not (device.type == "cuda" if asked is None else asked):
-        return False
-    if compiler():
-        return True
-    log.warning("no C++ compiler found, so nothing is compiled: install g++ for more speed")
-    return False

@@ -1,0 +1,150 @@
+"""Which device to use and which type to compute in; why torch cannot use a GPU; what may be compiled; memory."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import shutil
+import sys
+from contextlib import AbstractContextManager
+
+import psutil
+import torch
+
+from shard_builder.settings import InputError
+
+log = logging.getLogger(__name__)
+
+REMEDY = "uv pip install 'torch==2.10.*' 'torchvision==0.25.*'"
+TYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by `precision`
+# Shares of the free memory that decoded pixels may take. The rest is for activations and for other programs.
+GPU_SHARE, HOST_SHARE = 0.5, 0.8
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`; `auto` is the GPU if torch can use one.
+
+    Warns if there is a GPU that torch cannot use. Raises `InputError` if `cuda` was asked for and cannot be used.
+    """
+    problem = None if torch.cuda.is_available() else unusable_gpu()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"`device=cuda`: {problem or 'this machine has no NVIDIA GPU: leave the setting out'}")
+    if name == "auto" and problem:
+        log.warning("the CPU is used: %s", problem)
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's product name, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def compute_type(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype for `precision`; `auto` is bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."""
+    if precision != "auto":
+        if device.type == "cpu" and precision != "float32":
+            log.warning("most CPUs only emulate %s, which takes many times as long as float32", precision)
+        return TYPES[precision]
+    if device.type != "cuda":
+        return torch.float32  # bf16 is emulated on most CPUs, and far slower
+    # Not torch.cuda.is_bf16_supported, which is also true for GPUs that only emulate it.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has finished all work given to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def tuned_convolutions() -> AbstractContextManager[None]:
+    """Let cuDNN time its algorithms once per shape and take the fastest; for shapes that stay the same."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True)
+
+
+def wants_compile(asked: bool | None, device: torch.device) -> bool:
+    """Whether to compile: as `asked`, by default on GPUs only; never, with a warning, without a C++ compiler."""
+    if not (device.type == "cuda" if asked is None else asked):
+        return False
+    if compiler():
+        return True
+    log.warning("no C++ compiler found, so nothing is compiled: install g++ for more speed")
+    return False
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use, or None."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def pixel_budget(tier: str, device: torch.device) -> tuple[float, int]:
+    """Bytes that decoded pixels may take in the tier `gpu` or `host`, and the free bytes there."""
+    if tier == "gpu":
+        free = torch.cuda.mem_get_info(device)[0]
+        return GPU_SHARE * free, free
+    free = psutil.virtual_memory().available
+    return HOST_SHARE * free, free
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory so far in GiB: `peak_host_gib` of this process, and on a GPU `peak_gpu_gib` of all processes.
+
+    Torch's and DALI's memory pools on a GPU never shrink, so the memory in use is the peak.
+    """
+    if sys.platform == "win32":
+        host = psutil.Process().memory_info().peak_wset
+    else:
+        import resource  # Unix only
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = {"peak_host_gib": host}
+    if device.type == "cuda":
+        free, size = torch.cuda.mem_get_info(device)
+        found["peak_gpu_gib"] = size - free
+    return {name: round(value / 2**30, 3) for name, value in found.items()}
+
+
+def driver_cuda() -> int | None:
+    """The newest CUDA version that the NVIDIA driver supports, as 1000 × major + 10 × minor; None without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+        found = ctypes.c_int()
+        return found.value if driver.cuDriverGetVersion(ctypes.byref(found)) == 0 else None
+    except OSError:
+        return None
+
+
+def gpu_problem(
+    driver: int | None, torch_cuda: str | None, torch_sees_it: bool, visible: str | None
+) -> str | None:
+    """Why torch cannot use the GPU of a machine that has a driver, and the remedy; None if it can.
+
+    `driver` is the result of `driver_cuda`, `torch_cuda` the CUDA version that torch was built for, such as `13.2`,
+    `visible` the variable CUDA_VISIBLE_DEVICES.
+    """
+    if driver is None or torch_sees_it:
+        return None
+    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU: unset it to use one"
+    if torch_cuda is None:
+        return (
+            "there is an NVIDIA driver, but this torch is built without CUDA: install torch from its usual index"
+        )
+    major = driver // 1000
+    if int(torch_cuda.partition(".")[0]) > major:
+        supported = f"{major}.{driver % 1000 // 10}"
+        remedy = f"torch 2.10 with torchvision 0.25 ({REMEDY}), or a newer driver"
+        return (
+            f"the NVIDIA driver supports CUDA {supported}, this torch needs CUDA {torch_cuda}: install {remedy}"
+        )
+    return "there is an NVIDIA driver, but torch finds no GPU: check the driver with nvidia-smi"
+
+
+def unusable_gpu() -> str | None:
+    """`gpu_problem` of this machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpu_problem(driver_cuda(), torch.version.cuda, torch.cuda.is_available(), visible)

@@ -1,0 +1,73 @@
+"""What this machine offers, and what modan-fast does on it: the command `modan-fast doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from modan_fast import __version__
+from modan_fast.decode import dali_installed
+from modan_fast.devices import compiler, compute_type, driver_cuda, pick_device, pixel_budget
+from shard_builder.settings import usable_cores
+
+
+def examine() -> tuple[list[tuple[str, str]], list[str]]:
+    """The findings as (name, finding), and as sentences what follows from them."""
+    return _findings(), _consequences()
+
+
+def _findings() -> list[tuple[str, str]]:
+    memory = psutil.virtual_memory()
+    driver = driver_cuda()
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs"
+    found = [
+        ("modan-fast", __version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("processor", f"{_processor()}, {usable_cores()} cores usable"),
+        ("memory", f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"),
+        ("torch", f"{torch.__version__}, built for {built_for}"),
+        ("NVIDIA driver", "none" if driver is None else f"for CUDA up to {driver // 1000}.{driver % 1000 // 10}"),
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        size = f"{properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        found.append((f"GPU {index}", f"{properties.name}, {size}"))
+    return [*found, ("DALI", _dali()), ("C++ compiler", compiler() or "none")]
+
+
+def _consequences() -> list[str]:
+    device = pick_device("auto")
+    on_gpu = device.type == "cuda"
+    dtype = str(compute_type("auto", device)).removeprefix("torch.")
+    where = "the GPU" if on_gpu else "the CPU"
+    if not on_gpu:
+        compiled = "nothing is compiled (it gains nothing on CPUs; --compile forces it)"
+    else:
+        compiled = "model and loss are compiled" if compiler() else "nothing is compiled: install g++"
+    room = f"{pixel_budget('host', device)[0] / 2**30:.1f} GiB in host memory"
+    if on_gpu:
+        room = f"{pixel_budget('gpu', device)[0] / 2**30:.1f} GiB on the GPU, else {room}"
+    return [
+        f"training runs on {where} in {dtype}",
+        f"views are made by {'DALI' if on_gpu and dali_installed() else 'torch'} on {where}",
+        compiled,
+        f"decoded pixels may take {room}; larger sets are streamed",
+    ]
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _dali() -> str:
+    try:
+        return version("nvidia-dali-cuda120")
+    except PackageNotFoundError:
+        return "installed" if dali_installed() else "none (it is built for Linux only)"

@@ -1,0 +1,184 @@
+"""A run folder: what is in it, when a run may start, resume or replace another, and its checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modan_fast import __version__
+from modan_fast.config import SMALLEST_IMAGE, PretrainConfig, to_json
+from modan_fast.encoders import FILE as ENCODER
+from modan_fast.encoders import Encoder, encoder_metadata, save_encoder
+from modan_fast.folder import is_new, read_json, write_json, write_text
+from modan_fast.recipes import pretrain_config
+from modan_fast.shards import ShardSet
+from shard_builder.atomic import replacing
+from shard_builder.settings import InputError
+
+CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.pt"
+
+
+def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, overwrite: bool) -> bool:
+    """Whether the run folder holds this very run, finished.
+
+    Raises `InputError` if it holds anything else and neither `resume` nor `overwrite` is set, and if the run in it
+    cannot be resumed.
+    """
+    run = config.run
+    if resume and overwrite:
+        raise InputError("`resume=True` continues a run and `overwrite=True` replaces it: pass one of them")
+    if not resume and not (run / CONFIG).exists():
+        if not is_new(run):
+            raise InputError(f"{run} exists and is no run folder: choose another one with `out`")
+        return False
+    written = _written(run)
+    if overwrite:
+        return False
+    if resume and written["shards"]["fingerprint"] != shards.fingerprint:
+        raise InputError(
+            f"{shards.location} is not the shard set that {run} was started with: name that one with `shards`"
+        )
+    same = _settings(run, written) == config and written["shards"]["fingerprint"] == shards.fingerprint
+    done = finished_epochs(run)
+    if done >= config.epochs and (resume or same):
+        return True
+    if resume:
+        return False
+    ways = "`resume=True` continues it, " if (run / CHECKPOINT).exists() else ""
+    raise InputError(
+        f"{run} holds a run of {'the same' if same else 'other'} settings ({done} of "
+        f"{written['settings']['epochs']} epochs saved): {ways}`overwrite=True` replaces it"
+    )
+
+
+def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of the run in the folder `run`, changed by those in `given` that may change.
+
+    Raises `InputError` if there is no run, or if `given` changes another setting.
+    """
+    config = _settings(run, _written(run))
+    wanted = pretrain_config({**to_json(config), **given}).resolved(config.image_size or SMALLEST_IMAGE)
+    for field in fields(PretrainConfig):
+        name = field.name
+        may_change = field.metadata.get("changeable") and not (name == "epochs" and config.schedule == "cosine")
+        before, now = getattr(config, name), getattr(wanted, name)
+        if before != now and not may_change:
+            raise InputError(
+                f"{run} was started with `{name}={before}`, not {now}: a resumed run keeps its settings"
+            )
+    return wanted
+
+
+def begin(
+    config: PretrainConfig,
+    shards: ShardSet,
+    *,
+    preprocessing: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    resumed_at: int | None,
+) -> None:
+    """Write `config.json`; cut the log to the `resumed_at` epochs of the checkpoint, or clear the folder.
+
+    `preprocessing` is the encoder's input, `chosen` the values that automatic settings got on this machine.
+    """
+    run = config.run
+    run.mkdir(parents=True, exist_ok=True)
+    log = run / LOG
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    outdated = [run / CHECKPOINT, *run.glob("encoder*.safetensors")] if resumed_at is None else []
+    unfinished = [
+        half for name in (CONFIG, LOG, CHECKPOINT, "encoder*.safetensors") for half in _halves(run, name)
+    ]
+    for path in (*outdated, *unfinished):
+        path.unlink(missing_ok=True)
+    write_text(log, "".join(lines[: resumed_at or 0]))
+    manifest = shards.manifest
+    content = {
+        "settings": to_json(config),
+        "chosen": dict(chosen),
+        "preprocessing": dict(preprocessing),
+        "shards": {
+            "fingerprint": shards.fingerprint,
+            "samples": manifest.samples,
+            "fields": manifest.fields,
+            "classes": len(manifest.classes),
+        },
+        "versions": versions(),
+    }
+    write_json(run / CONFIG, content)
+
+
+def _halves(run: Path, name: str) -> list[Path]:
+    """What a kill left of a file that was being written; version 0.1.0 named it `.NAME.PID`."""
+    return [*run.glob(f"{name}.????????.part"), *run.glob(f".{name}.*")]
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that a result depends on."""
+    found = {"modan_fast": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "nvidia-dali-cuda120", "numpy"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def save_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
+    """Write the state of a run: tensors, numbers, strings, and containers of them."""
+    with replacing(run / CHECKPOINT) as file:
+        torch.save(dict(state), file)
+
+
+def load_checkpoint(run: Path) -> dict[str, Any]:
+    """The saved state, on the CPU. Raises `InputError` if it is missing or damaged."""
+    path = run / CHECKPOINT
+    if not path.exists():
+        raise InputError(f"{run} has no checkpoint yet: `overwrite=True` starts it anew")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler or its zip reader meets
+        raise InputError(f"{path} is no readable checkpoint: `overwrite=True` starts anew") from error
+    return state
+
+
+def save_run_encoder(config: PretrainConfig, encoder: Encoder, *, epoch: int, name: str = ENCODER) -> None:
+    """Write the encoder of a run after `epoch` epochs as the file `name`."""
+    metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe, "stem": encoder.stem}
+    save_encoder(config.run / name, encoder, metadata)
+
+
+def finished_epochs(run: Path) -> int:
+    """Epochs that the run's encoder was trained; 0 where there is none that can be read."""
+    try:
+        return int(encoder_metadata(run / ENCODER).get("epoch", "0"))
+    except ValueError:
+        return 0
+
+
+def _settings(run: Path, written: Mapping[str, Any]) -> PretrainConfig:
+    """The settings in a run's `config.json`. Those that are younger than the file have the recipe's values."""
+    try:
+        return pretrain_config(written["settings"])
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"{run / CONFIG} holds no settings of this version ({error}): use the version that wrote it, or start "
+            "anew with `overwrite=True`"
+        ) from error
+
+
+def _written(run: Path) -> dict[str, Any]:
+    """The content of a run's `config.json`. Raises `InputError` if there is none."""
+    path = run / CONFIG
+    if not path.exists():
+        raise InputError(f"no run to resume at {run}: leave out `resume=True` to start one")
+    written = read_json(path)
+    wanted = {"settings": "epochs", "shards": "fingerprint"}
+    if not all(isinstance(part := written.get(name), dict) and key in part for name, key in wanted.items()):
+        raise InputError(f"{run} exists and is no run folder: its config.json was written by another program")
+    return written
