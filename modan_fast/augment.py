@@ -43,7 +43,7 @@ def philox(counter: tuple[UInt32s, ...], key: tuple[int, int]) -> UInt32s:
 def random_words(
     seed: int, epoch: int, ids: NDArray[np.int64], stream: int | NDArray[np.int64], words: int
 ) -> UInt32s:
-    """Random 32-bit words (N, words) for N samples; `stream` is one number for all, or (N,); `words` is a multiple of 4."""
+    """Random 32-bit words (N, words) of N samples; `stream` is a number or (N,); `words` is a multiple of 4."""
     counter = (np.arange(words // 4), np.reshape(stream, (-1, 1)), ids[:, None], np.array(epoch))
     key = (seed & 0xFFFFFFFF, seed >> 32)
     return philox(tuple(word.astype(np.uint32) for word in counter), key).reshape(len(ids), words)

@@ -8,7 +8,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,20 +39,24 @@ class Augmentation:
     """
 
     scale: tuple[float, float] = option(
-        (0.2, 1.0), "Smallest and largest share of the image that a crop covers.", above=0, most=1
+        (0.2, 1.0), "Smallest and largest share of the image that a crop covers.", recipe=True, above=0, most=1
     )
     ratio: tuple[float, float] = option(
-        (3 / 4, 4 / 3), "Smallest and largest width over height of a crop.", above=0, most=100
+        (3 / 4, 4 / 3), "Smallest and largest width over height of a crop.", recipe=True, above=0, most=100
     )
-    flip: float = option(0.5, "Probability of a horizontal flip.", least=0, most=1)
-    jitter: float = option(0.8, "Probability that brightness and contrast change.", least=0, most=1)
+    flip: float = option(0.5, "Probability of a horizontal flip.", recipe=True, least=0, most=1)
+    jitter: float = option(0.8, "Probability that brightness and contrast change.", recipe=True, least=0, most=1)
     brightness: float = option(
-        0.4, "Strength of the brightness change: the factor is uniform in 1 ± this.", least=0
+        0.4, "Strength of the brightness change: the factor is uniform in 1 ± this.", recipe=True, least=0
     )
-    contrast: float = option(0.4, "Strength of the contrast change: the factor is uniform in 1 ± this.", least=0)
-    blur: float = option(0.0, "Probability of a Gaussian blur.", least=0, most=1)
+    contrast: float = option(0.4, "Strength of the contrast change, as of brightness.", recipe=True, least=0)
+    blur: float = option(0.0, "Probability of a Gaussian blur.", recipe=True, least=0, most=1)
     sigma: tuple[float, float] = option(
-        (0.1, 2.0), "Smallest and largest sigma of the blur, in pixels of the view.", above=0, most=100
+        (0.1, 2.0),
+        "Smallest and largest sigma of the blur, in pixels of the view.",
+        recipe=True,
+        above=0,
+        most=100,
     )
 
     def __post_init__(self) -> None:

@@ -1,33 +1,34 @@
-"""The whole way in miniature on synthetic images: phantom, shard, pretrain, evaluate, by the public functions."""
+"""Every command in miniature on synthetic images: phantom, shard, pretrain, evaluate; with two pictures."""
 
 from __future__ import annotations
 
 import re
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from modan_fast import config, models
 from modan_fast.augment import view_parameters
-from modan_fast.checkpoint import load_encoder
+from modan_fast.config import Augmentation
 from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.probe import apply_to_all
+from modan_fast.encoders import Encoder, load_encoder
 from modan_fast.phantom import phantom_archive, phantom_plan, phantom_task
-from modan_fast.pretrain import pretrain
+from modan_fast.recipes import evaluate_config, pretrain_config
 from modan_fast.render import render_view
 from modan_fast.report.figures import contact_sheet, embedding
 from modan_fast.shards import open_shards
 from modan_fast.store import read_all
+from modan_fast.trainer import pretrain
 from shard_builder.build import build
 from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError, Progress, no_progress
 
-# Sizes that two CPU cores finish within three minutes.
+# Two CPU cores need less than three minutes for these sizes.
 SIZE, PER_CLASS, TASK_IMAGES = 64, 14, 160
 PRETRAINING: dict[str, Any] = {
     "epochs": 8,
@@ -42,7 +43,7 @@ EVALUATION: dict[str, Any] = {"repeats": 1, "epochs": 6, "image_size": SIZE, "st
 
 @dataclass(frozen=True)
 class Made:
-    """What the demo wrote."""
+    """The files and folders that the demo wrote."""
 
     archive: Path
     task: Path
@@ -56,17 +57,17 @@ class Made:
 def demo(out: Path, *, overwrite: bool = False, progress: Progress = no_progress) -> Made:
     """Run the demo in the folder `out`; a rerun continues where it was.
 
-    Raises `InputError` where `out` holds other things; with `overwrite` a demo's own parts are made anew.
+    Raises `InputError` if `out` holds anything else. With `overwrite` the demo's own files are made anew.
     """
-    parts = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
-    # What a stopped one leaves of a part, beside it.
-    unfinished = re.compile(r"\.(archive|lesion|shards|run)\..+")
+    names = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
+    # What a stopped demo leaves of an unfinished folder.
+    unfinished = re.compile(r"\.?(archive|lesion|shards|run)\..+")
     if out.exists() and (
         not out.is_dir()
-        or any(path.name not in parts and not unfinished.fullmatch(path.name) for path in out.iterdir())
+        or any(path.name not in names and not unfinished.fullmatch(path.name) for path in out.iterdir())
     ):
-        raise InputError(f"{out} exists and is no folder of a demo: name another one with --out")
-    made = Made(*(out / part for part in parts))
+        raise InputError(f"{out} exists and is no folder of a demo: choose another one with `out`")
+    made = Made(*(out / name for name in names))
     if overwrite:
         for path in vars(made).values():
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -76,24 +77,22 @@ def demo(out: Path, *, overwrite: bool = False, progress: Progress = no_progress
     if not made.task.exists():
         phantom_task(made.task, images=TASK_IMAGES, size=96, progress=progress)
     build(made.archive, made.shards, BuildOptions(size=SIZE), progress=progress)
-    settings = replace(config.pretrain_config(PRETRAINING), shards=str(made.shards), out=made.run)
+    settings = pretrain_config({**PRETRAINING, "shards": made.shards, "out": made.run})
     begun, saved = ((made.run / name).exists() for name in ("config.json", "checkpoint.pt"))
     pretrain(settings, resume=saved, overwrite=begun and not saved, progress=progress)
-    judged = config.EvaluateConfig(
-        task=made.task, init=(str(made.run), "scratch"), out=made.results, **EVALUATION
-    )
-    evaluate(judged, progress)
+    inits = (str(made.run), "scratch")
+    evaluate(evaluate_config({**EVALUATION, "task": made.task, "init": inits, "out": made.results}), progress)
     progress("figures", 0, 2, "")
     pixels, names = _pixels_and_names(made.shards)
-    draw_views(made.contact_sheet, pixels, names, settings.augmentation)
+    plot_views(made.contact_sheet, pixels, names, settings.augmentation)
     progress("figures", 1, 2, "")
-    draw_embedding(made.embedding, pixels, names, made.run)
+    plot_embedding(made.embedding, pixels, names, made.run)
     progress("figures", 2, 2, "")
     return made
 
 
 def some_classes() -> list[str]:
-    """Three classes of each modality and anatomy, or all where there are fewer."""
+    """Three classes of each modality and anatomy, or all of them if there are fewer."""
     groups = defaultdict(list)
     for folder in phantom_plan(1):
         parts = folder.split("/")
@@ -102,8 +101,8 @@ def some_classes() -> list[str]:
     return [folder for folders in groups.values() for folder in folders[:3]]
 
 
-def draw_views(path: Path, pixels: torch.Tensor, names: list[str], augmentation: config.Augmentation) -> None:
-    """A sheet with an image of each modality and anatomy beside its two views in the first epoch."""
+def plot_views(path: Path, pixels: torch.Tensor, names: list[str], augmentation: Augmentation) -> None:
+    """Plot an image of each modality and anatomy beside its two views in the first epoch."""
     ids = np.array([names.index(name) for name in sorted(set(names))])
     pixels = pixels[torch.from_numpy(ids)]
     columns = [pixels.numpy()]
@@ -115,10 +114,10 @@ def draw_views(path: Path, pixels: torch.Tensor, names: list[str], augmentation:
 
 
 @torch.no_grad()
-def draw_embedding(path: Path, pixels: torch.Tensor, names: list[str], run: Path) -> None:
-    """UMAP of the images' features before and after pretraining."""
+def plot_embedding(path: Path, pixels: torch.Tensor, names: list[str], run: Path) -> None:
+    """Plot UMAPs of the images' features before and after pretraining."""
     torch.manual_seed(0)
-    encoders = {"before pretraining": models.encoder("7x7"), "after": load_encoder(run)}
+    encoders = {"before pretraining": Encoder("7x7"), "after": load_encoder(run)}
     panels = [
         (title, apply_to_all(encoder, pixels[:, None], torch.float32).numpy())
         for title, encoder in encoders.items()

@@ -32,8 +32,8 @@ class Encoder(nn.Module):
     """A ResNet-18 that maps grey images (N, 1, H, W) in [0, 1] to features (N, num_features).
 
     It is torchvision's network with `fc` the identity and another first convolution, its `stem`: `7x7` with stride 2 as
-    torchvision builds it, or `3x3` with stride 1 as the paper has it. The max-pool stays. With 3 `channels` a grey image
-    is repeated for each channel. New weights are sampled from torch's global generator.
+    torchvision builds it, or `3x3` with stride 1 as the paper has it. The max-pool stays. Grey images are repeated for
+    each of `channels`. New weights are sampled from torch's global generator.
     """
 
     num_features = 512

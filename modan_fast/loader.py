@@ -142,7 +142,7 @@ def open_loader(
     the stored images). `device`, `precision`, `renderer` and `store` are as in `PretrainConfig`. The set is decoded
     into memory first, if it fits there. In a distributed program of your own, pass `rank` and `world_size`.
 
-    Raises `InputError` if the set is missing, damaged, smaller than a batch, or does not fit into the `store` asked for.
+    Raises `InputError` if the set is missing, damaged, smaller than a batch, or too large for the `store` asked for.
     """
     opened = shards if isinstance(shards, ShardSet) else open_shards(shards)
     samples = opened.manifest.samples

@@ -53,7 +53,7 @@ class LogTotal(torch.autograd.Function):
 
 
 class Pull(torch.autograd.Function):
-    """sum_ij w_ij x_i . x_j for symmetric w: (N, D) and (N, N) to a scalar. The backward pass reuses the product w x."""
+    """sum_ij w_ij x_i . x_j for symmetric w: (N, D) and (N, N) to a scalar. The gradient reuses the product w x."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_NN: Tensor) -> Tensor:

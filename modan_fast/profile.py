@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from statistics import mean
 
-import torch
-
 from modan_fast.config import PretrainConfig
 from modan_fast.devices import pick_device, synchronise
 from modan_fast.loader import Loader, loader_of

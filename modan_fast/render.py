@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from modan_fast.config import RendererName
 from modan_fast.augment import ViewParameters
+from modan_fast.config import RendererName
 from modan_fast.decode import dali_installed
 from shard_builder.settings import InputError
 
@@ -44,7 +44,7 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a renderer has to make: batches of up to `batch_size` views of `size` x `size` pixels, from images of `canvas` x
+    """What a renderer makes: up to `batch_size` views of `size` x `size` pixels at a time, from images of `canvas` x
     `canvas` pixels, on `device` in `dtype`, with `threads` CPU threads; `blur` is whether any view is blurred.
     """
 
@@ -105,9 +105,9 @@ def cropped_and_resized(
 
 
 def jittered_and_blurred(resized: Tensor, view: ViewParameters, rows: slice, out: Tensor | None = None) -> Tensor:
-    """Brightness, contrast and blur of the views `rows`: grey levels 0 to 255, which are overwritten, to [0, 1] in `out`.
+    """The views `rows` with their brightness, contrast and blur: grey levels 0 to 255 to [0, 1], in `out` if given.
 
-    Both are float32 (v, 1, H, H).
+    All are float32 (v, 1, H, H); `resized` is overwritten.
     """
     factors = torch.from_numpy(np.stack([view.brightness[rows], view.contrast[rows]])).to(resized.device)
     brightness, contrast = factors[..., None, None, None]

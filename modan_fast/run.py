@@ -58,6 +58,15 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
     )
 
 
+def settings_for(given: Mapping[str, Any], *, resume: bool) -> PretrainConfig:
+    """The settings of a new run from `given`, or with `resume` those of the run that `given` names, changed by `given`.
+
+    Raises `InputError` for settings that make no sense, or that a resumed run cannot change.
+    """
+    config = pretrain_config(given)
+    return resumed_config(config.run, given) if resume else config
+
+
 def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
     """The settings of the run in the folder `run`, changed by those in `given` that may change.
 
