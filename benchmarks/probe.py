@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modan_fast.config import EvaluateConfig
 from modan_fast.downstream.probe import train_heads
-from modan_fast.downstream.tasks import Cell, Fold, Task
+from modan_fast.downstream.tasks import FoldRun, Fold, Task
 from modan_fast.models import FEATURES
 
 
@@ -58,15 +58,15 @@ def main() -> None:
 
     task = made_task(arguments.images)
     config = EvaluateConfig(init=("made",), epochs=arguments.epochs).resolved()
-    cells = [Cell(repeat, fold) for repeat in range(1, arguments.repeats + 1) for fold in range(1, 6)]
+    fold_runs = [FoldRun(repeat, fold) for repeat in range(1, arguments.repeats + 1) for fold in range(1, 6)]
     noise = torch.randn(arguments.images, FEATURES, generator=torch.Generator().manual_seed(0))
     features = (noise + 0.1 * torch.from_numpy(task.labels)[:, None]).to(device)
 
     def together() -> Tensor:
-        return train_heads(features, task, cells, config)[0]
+        return train_heads(features, task, fold_runs, config)[0]
 
     def one_by_one() -> Tensor:
-        return torch.cat([train_heads(features, task, [cell], config)[0] for cell in cells])
+        return torch.cat([train_heads(features, task, [fold_run], config)[0] for fold_run in fold_runs])
 
     scores, alone = together(), one_by_one()
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
@@ -83,7 +83,7 @@ def main() -> None:
             taken.append(time.perf_counter() - start)
         return taken
 
-    names = f"{len(cells)} probes together", f"{len(cells)} probes one by one"
+    names = f"{len(fold_runs)} probes together", f"{len(fold_runs)} probes one by one"
     measured = in_turn(
         {names[0]: lambda: turn(together, 5), names[1]: lambda: turn(one_by_one, 1)}, arguments.rounds, "s"
     )

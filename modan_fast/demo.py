@@ -59,15 +59,15 @@ def demo(out: Path, *, overwrite: bool = False, progress: Progress = no_progress
 
     Raises `InputError` if `out` holds anything else. With `overwrite` the demo's own files are made anew.
     """
-    names = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
+    parts = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
     # What a stopped demo leaves of an unfinished folder.
     unfinished = re.compile(r"\.?(archive|lesion|shards|run)\..+")
     if out.exists() and (
         not out.is_dir()
-        or any(path.name not in names and not unfinished.fullmatch(path.name) for path in out.iterdir())
+        or any(path.name not in parts and not unfinished.fullmatch(path.name) for path in out.iterdir())
     ):
         raise InputError(f"{out} exists and is no folder of a demo: choose another one with `out`")
-    made = Made(*(out / name for name in names))
+    made = Made(*(out / part for part in parts))
     if overwrite:
         for path in vars(made).values():
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

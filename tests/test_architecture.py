@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOW = ["config", "shards", "decode", "stream", "store", "machine", "augment", "render", "loader", "losses"]
+FLOW = ["config", "recipes", "shards", "decode", "devices", "doctor", "ahead", "stream", "store", "augment", "render"]
 FLOW += [
     "models",
     "folder",

@@ -69,7 +69,7 @@ def modan_fast(
 
     In this order: modan-fast shard ARCHIVE, modan-fast pretrain, modan-fast evaluate, modan-fast report RESULTS.
     """
-    show_messages()
+    show_messages(lambda message: in_options(message, app))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,22 @@ def _lines() -> Progress:
     return show
 
 
-def show_messages() -> None:
-    """Show the package's own log, and warnings of others, on the screen."""
+class _Formatter(logging.Formatter):
+    """Passes each message through `rewrite`."""
+
+    def __init__(self, rewrite: Callable[[str], str]) -> None:
+        super().__init__("%(message)s")
+        self.rewrite = rewrite
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.rewrite(super().format(record))
+
+
+def show_messages(rewrite: Callable[[str], str]) -> None:
+    """Show the package's own log, and warnings of others, on the screen; `rewrite` changes each message."""
     handler = RichHandler(console=screen, show_time=False, show_path=False, show_level=screen.is_terminal)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_Formatter(rewrite))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("modan_fast").setLevel(logging.INFO)
 
 

@@ -1,8 +1,9 @@
-"""The evaluation: every cell of the grid (init, protocol, repeat, fold) is trained once and written at once."""
+"""The evaluation: every fold_run of the grid (init, protocol, repeat, fold) is trained once and written at once."""
 
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import time
 from collections.abc import Sequence
@@ -13,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modan_fast import machine, models
-from modan_fast.checkpoint import versions
 from modan_fast.config import EvaluateConfig, Protocol, to_json
+from modan_fast.devices import TYPES, device_name, pick_device, wants_compile
+from modan_fast.devices import compute_type as compute_type_of
 from modan_fast.downstream import finetune, probe
 from modan_fast.downstream.inits import Init, load_inits
-from modan_fast.downstream.results import Results, Series, auc
+from modan_fast.downstream.results import Experiment, Results, auc
 from modan_fast.downstream.tasks import (
-    Cell,
+    FoldRun,
     Leak,
     Task,
     decode,
@@ -30,19 +31,23 @@ from modan_fast.downstream.tasks import (
     read_task,
     write_folds,
 )
-from modan_fast.folder import check_writable, locked
-from modan_fast.step import wants_compile
+from modan_fast.encoders import Encoder
+from modan_fast.folder import check_writable, locked, write_text
+from modan_fast.run import versions
 from shard_builder.settings import Progress, no_progress
 
 log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
-SHAPING = ("image_size", "epochs", "batch_size", "lr", "probe_lr", "stem", "seed")  # settings that shape a score
-PRECISIONS = {torch.float32: "float32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+SHAPING = (  # settings that shape a score
+    *("image_size", "epochs", "batch_size", "lr", "probe_lr", "stem", "seed"),
+    *("probe_batch_norm", "finetune_head", "model_selection", "sum_filters"),
+)
+PRECISIONS = {dtype: name for name, dtype in TYPES.items()}
 
 
-def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[tuple[Series, Cell]]:
-    """Train what is missing of the grid that `config` spans; the cells trained, in their order.
+def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[tuple[Experiment, FoldRun]]:
+    """Train what is missing of the grid that `config` spans; the fold_runs trained, in their order.
 
     A killed evaluation is continued by the same call, a finished one returns an empty list at once. Raises
     `InputError`, before anything is trained, for bad input and for a results folder made with other settings,
@@ -50,8 +55,8 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
     """
     config = config.resolved()
     check_writable(config.out)
-    device = machine.pick_device(config.device)
-    compute_type = machine.compute_type(config.precision, device)
+    device = pick_device(config.device)
+    compute_type = compute_type_of(config.precision, device)
     folds = config.out / "folds" / config.task.resolve().name
     task = read_task(config.task, folds=folds, seed=config.seed, group=config.group, positive=config.positive)
     inits = load_inits(config, Results.open(config.out).runs["inits"])
@@ -61,15 +66,15 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
         results.admit(config.recipe, settings, task, {init.name: init.record() for init in inits})
         done = results.finished()
         repeats, numbers = range(1, config.repeats + 1), range(1, len(task.folds) + 1)
-        grid = [Cell(repeat, fold) for repeat in repeats for fold in numbers]
-        todo: dict[Series, list[Cell]] = {}
+        grid = [FoldRun(repeat, fold) for repeat in repeats for fold in numbers]
+        todo: dict[Experiment, list[FoldRun]] = {}
         for init in inits:
             for protocol in config.protocol:
-                series = Series(task.name, init.name, config.recipe, protocol)
-                if missing := [cell for cell in grid if (series, cell) not in done]:
-                    todo[series] = missing
+                experiment = Experiment(task.name, init.name, config.recipe, protocol)
+                if missing := [fold_run for fold_run in grid if (experiment, fold_run) not in done]:
+                    todo[experiment] = missing
         if not todo:
-            _tell_leaks(task, config)
+            _list_leaks(task, config)
             return []
 
         results.runs["versions"] = versions()
@@ -77,23 +82,23 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
         results.save()
         if task.made:
             write_folds(task, folds)
-        _tell_leaks(task, config)
+        _list_leaks(task, config)
         pixels = torch.from_numpy(decode(task, config.image_size, progress)).to(device)
-        grid_of = Grid(task, pixels, config, compute_type, results, progress)
-        # A cell gives the same scores each time, so that it does not matter where an evaluation was interrupted.
+        trainer = Trainer(task, pixels, config, compute_type, results, progress)
+        # A fold_run gives the same scores each time, so that it does not matter where an evaluation was interrupted.
         deterministic = torch.backends.cudnn.deterministic
         torch.backends.cudnn.deterministic = True
         try:
             by_name = {init.name: init for init in inits}
-            for series, cells in todo.items():
-                grid_of.train(series, cells, by_name[series.init])
+            for experiment, fold_runs in todo.items():
+                trainer.train(experiment, fold_runs, by_name[experiment.init])
         finally:
             torch.backends.cudnn.deterministic = deterministic
-        return [(series, cell) for series, cells in todo.items() for cell in cells]
+        return [(experiment, fold_run) for experiment, fold_runs in todo.items() for fold_run in fold_runs]
 
 
-class Grid:
-    """What the cells of an evaluation share: the task's pixels on the device, and the networks that they reset."""
+class Trainer:
+    """What the fold_runs of an evaluation share: the task's pixels on the device, and the networks that they reset."""
 
     def __init__(
         self,
@@ -106,71 +111,72 @@ class Grid:
     ) -> None:
         self.task, self.pixels, self.config = task, pixels, config
         self.compute_type, self.results, self.progress = compute_type, results, progress
-        self.device = device_name(pixels.device)
+        self.device = timed_device(pixels.device)
         self.compiled = wants_compile(config.compile, pixels.device)
-        self.trainees: dict[tuple[Any, ...], finetune.Trainee] = {}
+        self.networks: dict[tuple[Any, ...], finetune.TaskNetwork] = {}
 
-    def train(self, series: Series, cells: Sequence[Cell], init: Init) -> None:
-        """Train `cells` of a series, and write each as soon as it is done."""
+    def train(self, experiment: Experiment, fold_runs: Sequence[FoldRun], init: Init) -> None:
+        """Train `fold_runs` of a experiment, and write each as soon as it is done."""
         task, config = self.task, self.config
-        protocol: Protocol = "probe" if series.protocol == "probe" else "finetune"
+        protocol: Protocol = "probe" if experiment.protocol == "probe" else "finetune"
         done, note, since = 0, "", time.perf_counter()
 
-        def tick(epochs: int) -> None:
+        def advance(epochs: int) -> None:
             nonlocal done
             done += epochs
-            self.progress(f"{init.name} {protocol}", done, len(cells) * config.epochs, note)
+            self.progress(f"{init.name} {protocol}", done, len(fold_runs) * config.epochs, note)
 
-        def write(cells: Sequence[Cell], scores: Sequence[Array], losses: Sequence[Array]) -> None:
+        def write(fold_runs: Sequence[FoldRun], scores: Sequence[Array], losses: Sequence[Array]) -> None:
             nonlocal note, since
-            self.results.append(series, task, cells, scores, losses)
+            self.results.append(experiment, task, fold_runs, scores, losses)
             now = time.perf_counter()
-            self.results.add_time(series, task, cells, config.epochs, now - since, self.device)
+            self.results.add_time(experiment, task, fold_runs, config.epochs, now - since, self.device)
             since = now
-            last = cells[-1]
+            last = fold_runs[-1]
             value = auc(task.labels[task.folds[last.fold - 1].test], scores[-1])
             note = f"repeat {last.repeat} fold {last.fold} AUC {'–' if value is None else f'{value:.3f}'}"
 
-        tick(0)
-        if protocol == "probe" and config.recipe == "paper":
-            encoder = models.encoder(init.stem).to(self.pixels.device).to(memory_format=torch.channels_last)
-            # Features of a given encoder serve all cells, those of a fresh one only the cell it was drawn for.
-            for block in [[cell] for cell in cells] if init.given is None else [cells]:
-                encoder.load_state_dict(init.weights(block[0], config.seed))
+        advance(0)
+        if protocol == "probe" and config.probe_batch_norm == "frozen":
+            encoder = Encoder(init.stem).to(self.pixels.device).to(memory_format=torch.channels_last)
+            # Features of a given encoder serve all fold_runs, those of a fresh one only the fold_run it was drawn for.
+            for block in [[fold_run] for fold_run in fold_runs] if init.given is None else [fold_runs]:
+                encoder.load_weights(init.weights(block[0], config.seed))
                 features = probe.extract(encoder, self.pixels, self.compute_type)
-                heads = [each.numpy() for each in probe.train_heads(features, task, block, config, tick)]
-                scores = [row[task.folds[cell.fold - 1].test] for cell, row in zip(block, heads[0], strict=True)]
+                heads = [each.numpy() for each in probe.train_heads(features, task, block, config, advance)]
+                scores = [
+                    row[task.folds[fold_run.fold - 1].test] for fold_run, row in zip(block, heads[0], strict=True)
+                ]
                 write(block, scores, list(heads[1]))
         else:
-            trainee = self.trainee(init, protocol)
-            for cell in cells:
-                weights = init.weights(cell, config.seed)
+            network = self.network(init, protocol)
+            for fold_run in fold_runs:
+                weights = init.weights(fold_run, config.seed)
                 trained = finetune.train(
-                    trainee, weights, self.pixels, task, cell, config, self.compute_type, tick
+                    network, weights, self.pixels, task, fold_run, config, self.compute_type, advance
                 )
-                write([cell], *([each.numpy()] for each in trained))
-        tick(0)  # shows the last note
+                write([fold_run], *([each.numpy()] for each in trained))
+        advance(0)  # shows the last note
 
-    def trainee(self, init: Init, protocol: Protocol) -> finetune.Trainee:
-        """The network that suits an init; one compiled step serves all inits of its shape."""
-        # The released code fine-tunes without a head, but for SimCLR's encoder.
-        headless = self.config.recipe == "released-code" and protocol == "finetune" and init.method != "simclr"
+    def network(self, init: Init, protocol: Protocol) -> finetune.TaskNetwork:
+        """The network for an init; one compiled forward pass serves all inits of the same shape."""
+        head = self.config.finetune_head
+        linear = head == "linear" or (head == "identity-except-simclr" and init.method == "simclr")
+        headless = protocol == "finetune" and not linear
         key = init.stem, protocol, headless
-        if key not in self.trainees:
-            self.trainees[key] = finetune.trainee(
+        if key not in self.networks:
+            self.networks[key] = finetune.task_network(
                 init.stem, protocol, self.pixels.device, headless=headless, compiled=self.compiled
             )
-        return self.trainees[key]
+        return self.networks[key]
 
 
-def device_name(device: torch.device) -> str:
-    """What the times were taken on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+def timed_device(device: torch.device) -> str:
+    """The device in the table of times; a CPU with its number of threads."""
+    return device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _tell_leaks(task: Task, config: EvaluateConfig) -> None:
+def _list_leaks(task: Task, config: EvaluateConfig) -> None:
     """Warn of folds whose test images are given away by train images, and list them beside the results."""
     found = leaks(task)
     path = config.out / f"{task.name}-leakage.csv"
@@ -180,8 +186,9 @@ def _tell_leaks(task: Task, config: EvaluateConfig) -> None:
     if not found:
         path.unlink(missing_ok=True)
         return
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([Leak._fields, *sorted(found)])
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows([Leak._fields, *sorted(found)])
+    write_text(path, rows.getvalue())
     log.warning(
         "%s: test images that an image of their train fold gives away: %s (%s); an AUC may be too high",
         task.name,

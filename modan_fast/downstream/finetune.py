@@ -12,69 +12,70 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modan_fast import models
 from modan_fast.config import EvaluateConfig, Protocol, Stem
 from modan_fast.downstream.probe import apply, apply_to_all, initial_head, lr_at
-from modan_fast.downstream.tasks import Cell, Task
+from modan_fast.downstream.tasks import FoldRun, Task
+from modan_fast.encoders import Encoder
 
 
-class Trainee(NamedTuple):
-    """Encoder and head, which every cell resets, and what a step of a full batch calls: the same, maybe compiled."""
+class TaskNetwork(NamedTuple):
+    """Encoder and head, which every fold run resets, and their forward pass for full batches, compiled if enabled."""
 
     network: nn.Sequential
     forward: Callable[[Tensor], Tensor]
     protocol: Protocol
 
 
-def trainee(
+def task_network(
     stem: Stem, protocol: Protocol, device: torch.device, *, headless: bool = False, compiled: bool = False
-) -> Trainee:
+) -> TaskNetwork:
     """Encoder and head on `device`, channels-last; only what the protocol trains has gradients.
 
     The head is a two-way linear layer. `headless` has none, and takes the 512 features as 512-way logits of which
     classes 0 and 1 occur, as the released code does.
     """
-    encoder = models.encoder(stem).requires_grad_(protocol == "finetune")
-    network = nn.Sequential(encoder, nn.Identity() if headless else nn.Linear(models.FEATURES, 2))
+    encoder = Encoder(stem).requires_grad_(protocol == "finetune")
+    network = nn.Sequential(encoder, nn.Identity() if headless else nn.Linear(encoder.num_features, 2))
     network = network.to(device).to(memory_format=torch.channels_last)
-    return Trainee(network, torch.compile(network, dynamic=False) if compiled else network, protocol)
+    return TaskNetwork(network, torch.compile(network, dynamic=False) if compiled else network, protocol)
 
 
 def train(
-    trainee: Trainee,
+    trained: TaskNetwork,
     encoder_state: Mapping[str, Tensor],
     pixels: Tensor,
     task: Task,
-    cell: Cell,
+    fold_run: FoldRun,
     config: EvaluateConfig,
     compute_type: torch.dtype,
-    tick: Callable[[int], None] = lambda epochs: None,
+    advance: Callable[[int], None] = lambda epochs: None,
 ) -> tuple[Tensor, Tensor]:
-    """Train on a cell's fold; scores of its test images, and the validation losses of its epochs, both float32 on
+    """Train on a fold_run's fold; scores of its test images, and the validation losses of its epochs, both float32 on
     the CPU.
 
     A score is the softmax probability of class 1. The encoder starts from `encoder_state`, a linear head from
-    the cell's seed. `pixels` (N, 1, H, W) uint8 lie on the network's device. The weights of the lowest
-    validation loss are kept, under `released-code` the last ones. `tick` is called with 1 after each epoch.
+    the fold_run's seed. `pixels` (N, 1, H, W) uint8 lie on the network's device. The weights of the epoch that
+    `model_selection` chooses are judged. `advance` is called with 1 after each epoch.
     """
-    network = trainee.network
+    network = trained.network
     encoder, head = network
-    encoder.load_state_dict(encoder_state)
+    assert isinstance(encoder, Encoder)
+    encoder.load_weights(encoder_state)
     if isinstance(head, nn.Linear):
-        start = initial_head(cell, config.seed)
+        start = initial_head(fold_run, config.seed, encoder.num_features)
         head.load_state_dict({"weight": start[:, :-1], "bias": start[:, -1]})
     device = pixels.device
-    fold = task.folds[cell.fold - 1]
+    fold = task.folds[fold_run.fold - 1]
     train_rows, val_rows, test_rows = (torch.from_numpy(rows) for rows in (fold.train, fold.val, fold.test))
     labels = torch.from_numpy(task.labels).to(device)
     val_pixels, val_labels = pixels[val_rows.to(device)], labels[val_rows.to(device)]
 
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    peak = config.lr if trainee.protocol == "finetune" else config.probe_lr
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    peak = config.lr if trained.protocol == "finetune" else config.probe_lr
     assert peak is not None
-    optimizer = torch.optim.Adam(trained, lr=peak, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=peak, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=compute_type == torch.float16)
-    order = cell.generator(config.seed, "order")
+    order = fold_run.generator(config.seed, "order")
     best_loss, best_state = torch.inf, None
     losses = []
     for epoch in range(config.epochs):
@@ -83,7 +84,7 @@ def train(
         shuffled = train_rows[torch.randperm(len(train_rows), generator=order)].to(device)
         for rows in batches(shuffled, config.batch_size):
             # What is compiled has one shape; the rest of an epoch is not worth another.
-            forward = trainee.forward if len(rows) == config.batch_size else network
+            forward = trained.forward if len(rows) == config.batch_size else network
             loss = functional.cross_entropy(apply(forward, pixels[rows], compute_type), labels[rows])
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -92,10 +93,10 @@ def train(
         losses.append(
             functional.cross_entropy(apply_to_all(network, val_pixels, compute_type), val_labels).item()
         )
-        if config.recipe == "paper" and losses[-1] < best_loss:
+        if config.model_selection == "lowest-val-loss" and losses[-1] < best_loss:
             best_loss = losses[-1]
             best_state = {key: value.clone() for key, value in network.state_dict().items()}
-        tick(1)
+        advance(1)
     if best_state is not None:
         network.load_state_dict(best_state)
     logits = apply_to_all(network, pixels[test_rows.to(device)], compute_type)

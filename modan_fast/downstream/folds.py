@@ -66,7 +66,7 @@ def class_folders(folder: Path, group: str | None, positive: str | None) -> List
     Or of more, whose names are all known: benign, normal and malignant, as BUSI is shipped. Its masks are no images.
     """
     if not folder.is_dir():
-        raise InputError(f"no task at {folder}: name a folder with --task")
+        raise InputError(f"no task at {folder}: name a folder with `task`")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     known = [LABELS.get(name.lower()) for name in names]
     told = positive is not None or (None not in known and len(set(known)) == 2)  # which of many are positive
@@ -78,7 +78,7 @@ def class_folders(folder: Path, group: str | None, positive: str | None) -> List
             f"{folder} is no task: it needs a folder dataframe with fold files, or two class folders, and has {found}"
         )
     if positive is not None and positive not in names:
-        raise InputError(f"--positive {positive} is no class folder of {folder}: name {' or '.join(names)}")
+        raise InputError(f"`positive={positive}` is no class folder of {folder}: name {' or '.join(names)}")
     # Of two, the class whose name is known as positive, or beside one known as negative; else the second in order.
     if positive is not None:
         positives = {positive}
@@ -130,7 +130,7 @@ def _patient(group: str, image: str, where: str) -> str:
     """The patient that the regular expression `group` finds in an image's path."""
     match = re.search(group, image)
     if match is None:
-        raise InputError(f"{where}: --group {group} is no column, and finds nothing in {image}")
+        raise InputError(f"{where}: `group={group}` is no column, and finds nothing in {image}")
     return str(match[1] if match.re.groups else match[0])
 
 

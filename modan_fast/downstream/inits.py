@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from modan_fast import models
-from modan_fast.checkpoint import imagenet_weights, load_encoder, load_imagenet
 from modan_fast.config import EvaluateConfig, Stem
-from modan_fast.downstream.tasks import Cell
+from modan_fast.downstream.tasks import FoldRun
+from modan_fast.encoders import (
+    Encoder,
+    encoder_file,
+    encoder_metadata,
+    imagenet_encoder,
+    imagenet_weights,
+    load_encoder,
+)
 from modan_fast.folder import read_json
 from shard_builder.settings import InputError
 
@@ -28,7 +33,7 @@ FRESH = ("scratch", "imagenet")  # inits that are no run of ours
 
 @dataclass(frozen=True)
 class Init:
-    """An encoder to judge; `given` is None for `scratch`, whose weights are drawn anew for each cell."""
+    """An encoder to judge; `given` is None for `scratch`, whose weights are drawn anew for each fold_run."""
 
     name: str
     stem: Stem
@@ -37,13 +42,13 @@ class Init:
     sha256: str | None = None
     method: str | None = None
 
-    def weights(self, cell: Cell, seed: int) -> Mapping[str, Tensor]:
-        """The encoder's state, on the CPU, from which `cell` starts."""
+    def weights(self, fold_run: FoldRun, seed: int) -> Mapping[str, Tensor]:
+        """The encoder's state, on the CPU, from which `fold_run` starts."""
         if self.given is not None:
             return self.given
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(cell.seed(seed, "encoder"))
-            return models.encoder(self.stem).state_dict()
+            torch.default_generator.manual_seed(fold_run.seed(seed, "encoder"))
+            return Encoder(self.stem).weights
 
     def record(self) -> dict[str, Any]:
         """What runs.json says of it. The stem of `scratch` is one of the recipe's settings there."""
@@ -62,8 +67,7 @@ class Init:
 
 def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
     """The inits of `config`, loaded. One is named as its folder or, where that name is taken, as it was given."""
-    assert config.stem is not None
-    paths = {text: _encoder_file(text) for text in config.init if text not in FRESH}
+    paths = {text: encoder_file(Path(text).resolve()) for text in config.init if text not in FRESH}
     digests = {text: hashlib.sha256(path.read_bytes()).hexdigest() for text, path in paths.items()}
     inits: dict[str, Init] = {}
     for text in config.init:
@@ -72,7 +76,7 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
             continue
         if text == "imagenet":
             inits[text] = imagenet(
-                config.imagenet_weights, config.stem, config.seed, sum_filters=config.recipe == "paper"
+                config.imagenet_weights, config.stem, config.seed, sum_filters=config.sum_filters
             )
             continue
         path, sha256, name = paths[text], digests[text], _short_name(paths[text])
@@ -89,32 +93,30 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
         if taken or name in FRESH:
             name = text
         encoder = load_encoder(path)
-        if not all(tensor.isfinite().all() for tensor in encoder.state_dict().values()):
+        if not all(tensor.isfinite().all() for tensor in encoder.weights.values()):
             raise InputError(f"{path} holds weights that are not finite: its pretraining diverged")
-        stem = models.stem_of(encoder.conv1.weight)
-        assert stem is not None
-        inits[name] = Init(name, stem, encoder.state_dict(), path, sha256, _method(path))
+        inits[name] = Init(name, encoder.stem, encoder.weights, path, sha256, _method(path))
     return list(inits.values())
 
 
 def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> Init:
-    """The init `imagenet`, from a file or else torchvision; its digest is of the weights as they are given.
+    """The init `imagenet`, from a file or else torchvision; its digest is that of the weights in the file.
 
-    What its stem has at random is drawn from the seed, and so the same in all cells. The paper's 3x3 stem has room for
-    none of the filters, which is said.
+    A random stem is sampled from the seed, and so is the same in all fold runs. The paper's 3x3 stem cannot hold
+    ImageNet's filters: a warning says so.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        encoder = load_imagenet(path, stem, sum_filters=sum_filters)
+        encoder = imagenet_encoder(path, stem, sum_filters=sum_filters)
     if sum_filters and stem != "7x7":
         log.warning(
-            "imagenet: its first convolution is 7x7 and does not fit a %s stem, so that one is random: --stem 7x7 "
+            "imagenet: its first convolution is 7x7 and does not fit a %s stem, so that one is random: `stem=7x7` "
             "keeps it",
             stem,
         )
     given = imagenet_weights(path)
     digest = hashlib.sha256(b"".join(given[key].numpy().tobytes() for key in sorted(given))).hexdigest()
-    return Init("imagenet", stem, encoder.state_dict(), path or TORCHVISION, digest)
+    return Init("imagenet", stem, encoder.weights, path or TORCHVISION, digest)
 
 
 def _method(path: Path) -> str | None:
@@ -123,17 +125,7 @@ def _method(path: Path) -> str | None:
     if run.is_file():
         settings = read_json(run).get("settings")
         return settings.get("method") if isinstance(settings, dict) else None
-    with safetensors.safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("method")
-
-
-def _encoder_file(text: str) -> Path:
-    """The file, as an absolute path, that holds the weights of a run folder or is itself named."""
-    path = Path(text).resolve()
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, scratch or imagenet")
-    return path
+    return encoder_metadata(path).get("method")
 
 
 def _short_name(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Linear probes of a frozen encoder: its features are extracted once, and all heads train together.
 
-N images, F = 512 features, G = F + 1 of them with the constant 1 that carries the bias, R heads, B images a
+N images, F features, G = F + 1 of them with the constant 1 that carries the bias, R heads, B images a
 batch, C = 2 classes.
 """
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modan_fast.config import EvaluateConfig
-from modan_fast.downstream.tasks import Cell, Task
-from modan_fast.models import FEATURES
+from modan_fast.downstream.tasks import FoldRun, Task
 from shard_builder.settings import InputError
 
 SCORING_BATCH = 64  # images at once where nothing is trained; bounds memory, changes no result
@@ -27,11 +26,11 @@ def lr_at(epoch: int, *, peak: float) -> float:
     return float(peak * 0.1 ** (epoch // 5))
 
 
-def initial_head(cell: Cell, seed: int) -> Tensor:
-    """Weights and, in the last column, biases (C, G) of a cell's linear head, drawn as nn.Linear draws them."""
-    bound = FEATURES**-0.5
-    generator = cell.generator(seed, "head")
-    return torch.empty(2, FEATURES + 1).uniform_(-bound, bound, generator=generator)
+def initial_head(fold_run: FoldRun, seed: int, num_features: int) -> Tensor:
+    """Weights and, in the last column, biases (C, G) of a fold_run's linear head, drawn as nn.Linear draws them."""
+    bound = num_features**-0.5
+    generator = fold_run.generator(seed, "head")
+    return torch.empty(2, num_features + 1).uniform_(-bound, bound, generator=generator)
 
 
 def apply(network: Callable[[Tensor], Tensor], pixels: Tensor, compute_type: torch.dtype) -> Tensor:
@@ -61,32 +60,36 @@ def extract(encoder: nn.Module, pixels: Tensor, compute_type: torch.dtype) -> Te
 def train_heads(
     features_NF: Tensor,
     task: Task,
-    cells: Sequence[Cell],
+    fold_runs: Sequence[FoldRun],
     config: EvaluateConfig,
-    tick: Callable[[int], None] = lambda epochs: None,
+    advance: Callable[[int], None] = lambda epochs: None,
 ) -> tuple[Tensor, Tensor]:
-    """Train one linear head a cell; the scores (R, N) float32 that they give all images, and the validation
+    """Train one linear head a fold_run; the scores (R, N) float32 that they give all images, and the validation
     losses (R, epochs) float32, both on the CPU.
 
     A score is the probability of the positive class. Each head is what torch.optim.Adam makes of it alone:
     cross-entropy, its own order and initial weights, the weights of the lowest validation loss. They are
-    trained in float64, so that a score rounds to the same float32 whichever heads train beside it. `tick` is
+    trained in float64, so that a score rounds to the same float32 whichever heads train beside it. `advance` is
     called after each epoch with the number of epochs done, one a head.
     """
     inputs_NG = functional.pad(features_NF.double(), (0, 1), value=1.0)
-    scores_RN = torch.empty(len(cells), len(inputs_NG))
-    losses_RE = torch.empty(len(cells), config.epochs)
+    scores_RN = torch.empty(len(fold_runs), len(inputs_NG))
+    losses_RE = torch.empty(len(fold_runs), config.epochs)
     # Heads whose folds have as many batches an epoch take every step together.
-    steps = [-(-len(task.folds[cell.fold - 1].train) // config.batch_size) for cell in cells]
+    steps = [-(-len(task.folds[fold_run.fold - 1].train) // config.batch_size) for fold_run in fold_runs]
     for count in sorted(set(steps)):
         rows = [row for row, each in enumerate(steps) if each == count]
-        scores, losses = _train_in_step(inputs_NG, task, [cells[row] for row in rows], config, tick)
+        scores, losses = _train_in_step(inputs_NG, task, [fold_runs[row] for row in rows], config, advance)
         scores_RN[rows], losses_RE[rows] = scores.cpu(), losses.cpu()
     return scores_RN, losses_RE
 
 
 def _train_in_step(
-    inputs_NG: Tensor, task: Task, cells: Sequence[Cell], config: EvaluateConfig, tick: Callable[[int], None]
+    inputs_NG: Tensor,
+    task: Task,
+    fold_runs: Sequence[FoldRun],
+    config: EvaluateConfig,
+    advance: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
     """The same for heads whose folds have equally many batches.
 
@@ -94,15 +97,17 @@ def _train_in_step(
     of a head by opposite steps of equal length. So their difference is trained, at twice the learning rate.
     """
     assert config.probe_lr is not None
-    device, heads = inputs_NG.device, len(cells)
-    folds = [task.folds[cell.fold - 1] for cell in cells]
+    device, heads = inputs_NG.device, len(fold_runs)
+    folds = [task.folds[fold_run.fold - 1] for fold_run in fold_runs]
     labels_N = torch.from_numpy(task.labels).to(inputs_NG)
     val_RN = inputs_NG.new_zeros(heads, len(inputs_NG))  # weights of the images in a head's validation loss
     for weights_N, fold in zip(val_RN, folds, strict=True):
         weights_N[torch.from_numpy(fold.val)] = 1 / len(fold.val)
-    orders = [cell.generator(config.seed, "order") for cell in cells]
+    orders = [fold_run.generator(config.seed, "order") for fold_run in fold_runs]
 
-    start_RCG = torch.stack([initial_head(cell, config.seed) for cell in cells]).to(inputs_NG)
+    start_RCG = torch.stack(
+        [initial_head(fold_run, config.seed, inputs_NG.shape[1] - 1) for fold_run in fold_runs]
+    ).to(inputs_NG)
     head_R1G = (start_RCG[:, 1:] - start_RCG[:, :1]).requires_grad_()
     optimizer = torch.optim.Adam([head_R1G], fused=True)
     best_R1G, best_R = head_R1G.detach(), inputs_NG.new_full((heads,), torch.inf)
@@ -142,7 +147,7 @@ def _train_in_step(
             best_R = torch.where(better_R, loss_R, best_R)
             best_R1G = torch.where(better_R[:, None, None], head_R1G, best_R1G)
         losses.append(loss_R)
-        tick(heads)
+        advance(heads)
     # One head at a time: a product with many heads would round otherwise than one with few.
     scores = [torch.sigmoid(inputs_NG @ head_1G[0]) for head_1G in best_R1G]
     return torch.stack(scores).float(), torch.stack(losses, dim=1).float()

@@ -1,4 +1,4 @@
-"""The results folder: predictions.csv and curves.csv, to which finished cells are appended, and runs.json, which
+"""The results folder: predictions.csv and curves.csv, to which finished fold_runs are appended, and runs.json, which
 says what made them. Inits, tasks, protocols, recipes and repeats can be added later; other settings are refused.
 """
 
@@ -17,15 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from modan_fast.downstream.tasks import Cell, Task
-from modan_fast.folder import is_new, read_json, write_atomically, write_json
+from modan_fast.config import to_json
+from modan_fast.downstream.tasks import FoldRun, Task
+from modan_fast.folder import is_new, read_json, write_json
+from modan_fast.recipes import evaluate_config
+from shard_builder.atomic import replacing
 from shard_builder.settings import InputError
 
 FORMAT = 1
 
 
-class Series(NamedTuple):
-    """What is compared: the cells that differ in repeat and fold only. The first columns of predictions.csv."""
+class Experiment(NamedTuple):
+    """What is compared: the fold_runs that differ in repeat and fold only. The first columns of predictions.csv."""
 
     task: str
     init: str
@@ -33,8 +36,8 @@ class Series(NamedTuple):
     protocol: str
 
 
-COLUMNS = (*Series._fields, "repeat", "fold", "image", "label", "score")
-CURVE_COLUMNS = (*Series._fields, "repeat", "fold", "epoch", "val_loss")
+COLUMNS = (*Experiment._fields, "repeat", "fold", "image", "label", "score")
+CURVE_COLUMNS = (*Experiment._fields, "repeat", "fold", "epoch", "val_loss")
 
 
 def auc(
@@ -44,6 +47,12 @@ def auc(
     if len(set(labels)) < 2 or not np.isfinite(scores).all():
         return None
     return float(roc_auc_score(labels, scores))
+
+
+def recorded_settings(runs: Mapping[str, Any], recipe: str) -> dict[str, Any]:
+    """The settings that runs.json records for a recipe; one that it lacks, being older, has the recipe's value."""
+    defaults = to_json(evaluate_config({"recipe": recipe, "init": ("scratch",)}).resolved())
+    return {**defaults, **runs["settings"].get(recipe, {})}
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,9 @@ class Results:
         path = folder / "runs.json"
         if not path.exists():
             if (folder / "predictions.csv").exists():
-                raise InputError(f"{folder} has predictions.csv but no runs.json: name another with --out")
+                raise InputError(f"{folder} has predictions.csv but no runs.json: choose another with `out`")
             if not is_new(folder):
-                raise InputError(f"{folder} exists and is no results folder: name another one with --out")
+                raise InputError(f"{folder} exists and is no results folder: choose another one with `out`")
             return cls(folder, {"format": FORMAT, "settings": {}, "tasks": {}, "inits": {}, "times": []})
         runs = read_json(path)
         if runs.get("format") != FORMAT:
@@ -75,21 +84,22 @@ class Results:
 
     @property
     def curves(self) -> Path:
-        """Its curves.csv: the validation loss after each epoch of each cell."""
+        """Its curves.csv: the validation loss after each epoch of each fold_run."""
         return self.folder / "curves.csv"
 
     def admit(
         self, recipe: str, settings: Mapping[str, Any], task: Task, inits: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Add what is new to `runs`; `InputError` where something contradicts what the folder was made with."""
-        before = self.runs["settings"].setdefault(recipe, dict(settings))
+        before = recorded_settings(self.runs, recipe) if recipe in self.runs["settings"] else settings
         for name, value in settings.items():
             if before.get(name) != value:
-                option = f"--{name.replace('_', '-')} {before.get(name)}"
+                setting = f"`{name}={before.get(name)}`"
                 raise InputError(
-                    f"{self.folder} was made with {option}, not {value}: "
-                    f"give {option}, or another folder with --out"
+                    f"{self.folder} was made with {setting}, not {value}: "
+                    f"pass {setting}, or choose another folder with `out`"
                 )
+        self.runs["settings"][recipe] = dict(settings)
         record = {
             "path": str(task.folder.resolve()),
             "sha256": task.sha256,
@@ -100,30 +110,30 @@ class Results:
         if self.runs["tasks"].setdefault(task.name, record)["sha256"] != task.sha256:
             raise InputError(
                 f"{self.folder} was made with other images or folds of task {task.name}: "
-                f"name another folder with --out"
+                f"choose another folder with `out`"
             )
         for name, init in inits.items():
             if self.runs["inits"].setdefault(name, dict(init)).get("sha256") != init.get("sha256"):
                 raise InputError(
                     f"the weights of {name} ({init.get('path')}) have changed since {self.folder} was made: "
-                    f"name another folder with --out"
+                    f"choose another folder with `out`"
                 )
 
     def save(self) -> None:
         """Write runs.json."""
         write_json(self.folder / "runs.json", self.runs)
 
-    def finished(self) -> set[tuple[Series, Cell]]:
-        """The cells in predictions.csv. What a kill leaves, half a line or half a cell, is cut off."""
+    def finished(self) -> set[tuple[Experiment, FoldRun]]:
+        """The fold_runs in predictions.csv. What a kill leaves, half a line or half a fold_run, is cut off."""
         keys, lines = _lines(self.predictions, COLUMNS)
         wanted = {}
         for number, key in enumerate(keys, start=2):
             try:
-                series, cell = key
-                wanted[key] = self.runs["tasks"][series.task]["test_images"][cell.fold - 1]
+                experiment, fold_run = key
+                wanted[key] = self.runs["tasks"][experiment.task]["test_images"][fold_run.fold - 1]
             except (IndexError, KeyError, TypeError) as error:
                 where = f"{self.predictions}, line {number}"
-                raise InputError(f"{where}: damaged; name another folder with --out") from error
+                raise InputError(f"{where}: damaged; choose another folder with `out`") from error
         whole = {key for key, count in Counter(keys).items() if count == wanted[key]}
         _keep(self.predictions, keys, lines, whole)
         _keep(self.curves, *_lines(self.curves, CURVE_COLUMNS), whole)
@@ -131,68 +141,78 @@ class Results:
 
     def append(
         self,
-        series: Series,
+        experiment: Experiment,
         task: Task,
-        cells: Sequence[Cell],
+        fold_runs: Sequence[FoldRun],
         scores: Sequence[NDArray[np.float32]],
         losses: Sequence[NDArray[np.float32]],
     ) -> None:
-        """Add the test images of `cells` to predictions.csv, and the validation losses of their epochs to curves.csv.
+        """Add the test images of `fold_runs` to predictions.csv and the validation losses of their epochs to curves.csv.
 
         A number is its shortest exact float32 decimal.
         """
         curves, predictions = [], []
-        for cell, cell_scores, cell_losses in zip(cells, scores, losses, strict=True):
-            key = (*series, cell.repeat, cell.fold)
-            curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(cell_losses, start=1)]
-            for row, score in zip(task.folds[cell.fold - 1].test, cell_scores, strict=True):
+        for fold_run, fold_scores, fold_losses in zip(fold_runs, scores, losses, strict=True):
+            key = (*experiment, fold_run.repeat, fold_run.fold)
+            curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(fold_losses, start=1)]
+            for row, score in zip(task.folds[fold_run.fold - 1].test, fold_scores, strict=True):
                 predictions.append((*key, task.images[row], task.labels[row], str(score)))
-        # The predictions come last, because a cell that has them counts as finished.
+        # The predictions come last, because a fold_run that has them counts as finished.
         _append(self.curves, CURVE_COLUMNS, curves)
         _append(self.predictions, COLUMNS, predictions)
 
     def add_time(
-        self, series: Series, task: Task, cells: Sequence[Cell], epochs: int, seconds: float, device: str
+        self,
+        experiment: Experiment,
+        task: Task,
+        fold_runs: Sequence[FoldRun],
+        epochs: int,
+        seconds: float,
+        device: str,
     ) -> None:
-        """Add the wall-clock of `cells`, all their work included, to the line of their series and device."""
+        """Add the wall-clock of `fold_runs`, all their work included, to the line of their experiment and device."""
         times = self.runs["times"]
-        key = {**series._asdict(), "device": device}
+        key = {**experiment._asdict(), "device": device}
         line = next((line for line in times if key.items() <= line.items()), None)
         if line is None:
             line = {**key, "cells": 0, "images": 0, "seconds": 0.0}
             times.append(line)
-        line["cells"] += len(cells)
-        line["images"] += epochs * sum(len(task.folds[cell.fold - 1].train) for cell in cells)
+        line["cells"] += len(fold_runs)
+        line["images"] += epochs * sum(len(task.folds[fold_run.fold - 1].train) for fold_run in fold_runs)
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
 
 
-def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Series, Cell]], list[bytes]]:
-    """The cell of each line of a CSV file, and its lines with the head; an unfinished last line is left out.
+def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Experiment, FoldRun]], list[bytes]]:
+    """The fold_run of each line of a CSV file, and its lines with the head; an unfinished last line is left out.
 
-    Raises `InputError` for a line that names no cell, and where the columns are not `columns`.
+    Raises `InputError` for a line that names no fold_run, and where the columns are not `columns`.
     """
     content = path.read_bytes() if path.exists() else b""
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     if lines and lines[0] != _line(columns):
-        raise InputError(f"{path} is of another making: name another folder with --out")
+        raise InputError(f"{path} is of another making: choose another folder with `out`")
     keys = []
     for number, row in enumerate(csv.reader(line.decode(errors="replace") for line in lines[1:]), start=2):
         try:
-            keys.append((Series(*row[:4]), Cell(int(row[4]), int(row[5]))))
+            keys.append((Experiment(*row[:4]), FoldRun(int(row[4]), int(row[5]))))
         except (IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{path}, line {number}: damaged; name another folder with --out") from error
+            raise InputError(f"{path}, line {number}: damaged; choose another folder with `out`") from error
     return keys, lines
 
 
 def _keep(
-    path: Path, keys: Sequence[tuple[Series, Cell]], lines: Sequence[bytes], whole: set[tuple[Series, Cell]]
+    path: Path,
+    keys: Sequence[tuple[Experiment, FoldRun]],
+    lines: Sequence[bytes],
+    whole: set[tuple[Experiment, FoldRun]],
 ) -> None:
-    """Cut a CSV file down to its head and the lines of `whole` cells."""
+    """Cut a CSV file down to its head and the lines of `whole` fold_runs."""
     kept = b"".join([*lines[:1], *(line for key, line in zip(keys, lines[1:], strict=True) if key in whole)])
     if path.exists() and kept != path.read_bytes():
-        write_atomically(path, lambda at: at.write_bytes(kept))
+        with replacing(path) as file:
+            file.write(kept)
 
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

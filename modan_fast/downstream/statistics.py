@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from modan_fast.downstream.results import COLUMNS, Results, Series, auc
-from modan_fast.downstream.tasks import Cell
+from modan_fast.downstream.results import COLUMNS, Experiment, Results, auc
+from modan_fast.downstream.tasks import FoldRun
 from shard_builder.settings import InputError
 
 THRESHOLD = 0.5  # of the score, from which on an image counts as positive in sensitivity and specificity
@@ -28,13 +28,13 @@ RESAMPLES = 9999
 
 
 class Outcome(NamedTuple):
-    """The test images of a cell: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
+    """The test images of a fold_run: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
 
     labels: NDArray[np.int64]
     scores: NDArray[np.float64]
 
 
-Predictions = Mapping[Series, Mapping[Cell, Outcome]]
+Predictions = Mapping[Experiment, Mapping[FoldRun, Outcome]]
 Interval = tuple[float, float]
 
 
@@ -92,7 +92,7 @@ def read_predictions(path: Path) -> Predictions:
 
     Raises `InputError` where the file is missing or a line is damaged.
     """
-    found: dict[Series, dict[Cell, tuple[list[int], list[float]]]] = defaultdict(
+    found: dict[Experiment, dict[FoldRun, tuple[list[int], list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: ([], []))
     )
     try:
@@ -103,7 +103,9 @@ def read_predictions(path: Path) -> Predictions:
             for row in reader:
                 try:
                     task, init, recipe, protocol, repeat, fold, _, label, score = row
-                    labels, scores = found[Series(task, init, recipe, protocol)][Cell(int(repeat), int(fold))]
+                    labels, scores = found[Experiment(task, init, recipe, protocol)][
+                        FoldRun(int(repeat), int(fold))
+                    ]
                     labels.append(int(label))
                     scores.append(float(score))
                 except ValueError as error:
@@ -113,8 +115,11 @@ def read_predictions(path: Path) -> Predictions:
     except OSError as error:
         raise InputError(f"no predictions at {path} ({error.strerror}): run an evaluation first") from error
     return {
-        series: {cell: Outcome(np.array(labels), np.array(scores)) for cell, (labels, scores) in cells.items()}
-        for series, cells in found.items()
+        experiment: {
+            fold_run: Outcome(np.array(labels), np.array(scores))
+            for fold_run, (labels, scores) in fold_runs.items()
+        }
+        for experiment, fold_runs in found.items()
     }
 
 
@@ -126,21 +131,21 @@ def read_finished(folder: Path) -> tuple[Predictions, int]:
     """
     predictions = read_predictions(folder / "predictions.csv")
     tasks = Results.open(folder).runs["tasks"] if (folder / "runs.json").exists() else {}
-    finished: dict[Series, dict[Cell, Outcome]] = {}
-    for series, cells in predictions.items():
-        wanted = tasks.get(series.task, {}).get("test_images")
-        repeats = {cell.repeat for cell in cells}
+    finished: dict[Experiment, dict[FoldRun, Outcome]] = {}
+    for experiment, fold_runs in predictions.items():
+        wanted = tasks.get(experiment.task, {}).get("test_images")
+        repeats = {fold_run.repeat for fold_run in fold_runs}
         if wanted is not None:
             repeats = {
                 repeat
                 for repeat in repeats
                 if all(
-                    (outcome := cells.get(Cell(repeat, fold))) and len(outcome.labels) == images
+                    (outcome := fold_runs.get(FoldRun(repeat, fold))) and len(outcome.labels) == images
                     for fold, images in enumerate(wanted, start=1)
                 )
             }
-        if whole := {cell: outcome for cell, outcome in cells.items() if cell.repeat in repeats}:
-            finished[series] = whole
+        if whole := {fold_run: outcome for fold_run, outcome in fold_runs.items() if fold_run.repeat in repeats}:
+            finished[experiment] = whole
     if not finished:
         raise InputError(
             f"{folder / 'predictions.csv'} has no finished repeat: run the evaluation to its end first"
@@ -155,26 +160,26 @@ def auc_table(folder: Path) -> list[Row]:
 
 def by_fold(
     predictions: Predictions, measure: Callable[[Outcome], float | None]
-) -> dict[Series, dict[int, NDArray[np.float64]]]:
-    """A measure of each fold, `[series][repeat][fold - 1]`, of the repeats with all folds; NaN where it is None."""
+) -> dict[Experiment, dict[int, NDArray[np.float64]]]:
+    """A measure of each fold, `[experiment][repeat][fold - 1]`, of the repeats with all folds; NaN where it is None."""
     folds: dict[str, set[int]] = defaultdict(set)
-    for series, cells in predictions.items():
-        folds[series.task].update(cell.fold for cell in cells)
-    table: dict[Series, dict[int, NDArray[np.float64]]] = {}
-    for series, cells in predictions.items():
-        wanted = sorted(folds[series.task])
-        repeats = sorted({cell.repeat for cell in cells})
-        table[series] = {
+    for experiment, fold_runs in predictions.items():
+        folds[experiment.task].update(fold_run.fold for fold_run in fold_runs)
+    table: dict[Experiment, dict[int, NDArray[np.float64]]] = {}
+    for experiment, fold_runs in predictions.items():
+        wanted = sorted(folds[experiment.task])
+        repeats = sorted({fold_run.repeat for fold_run in fold_runs})
+        table[experiment] = {
             # None becomes NaN.
-            repeat: np.array([measure(cells[Cell(repeat, fold)]) for fold in wanted], np.float64)
+            repeat: np.array([measure(fold_runs[FoldRun(repeat, fold)]) for fold in wanted], np.float64)
             for repeat in repeats
-            if all(Cell(repeat, fold) in cells for fold in wanted)
+            if all(FoldRun(repeat, fold) in fold_runs for fold in wanted)
         }
     return table
 
 
 def fold_auc(outcome: Outcome) -> float | None:
-    """The AUC of a cell."""
+    """The AUC of a fold_run."""
     return auc(outcome.labels, outcome.scores)
 
 
@@ -192,7 +197,7 @@ def summaries(predictions: Predictions) -> list[Row]:
     """One row a (task, recipe, protocol, init), in the order of `predictions`."""
     found, missed = by_fold(predictions, sensitivity), by_fold(predictions, specificity)
     rows = []
-    for series, repeats in by_fold(predictions, fold_auc).items():
+    for experiment, repeats in by_fold(predictions, fold_auc).items():
         aucs_R, spread, reach = _repeat_means(repeats), None, None
         if len(aucs_R) > 1 and np.isfinite(aucs_R).all():
             spread = statistics.stdev(aucs_R)
@@ -200,14 +205,14 @@ def summaries(predictions: Predictions) -> list[Row]:
         mean = _mean(aucs_R)
         rows.append(
             Row(
-                **series._asdict(),
+                **experiment._asdict(),
                 repeats=len(repeats),
                 mean=mean,
                 std=spread,
                 interval=None if mean is None or reach is None else (mean - reach, mean + reach),
                 fold_interval=_bootstrap(list(repeats.values())),
-                sensitivity=_mean(_repeat_means(found[series])),
-                specificity=_mean(_repeat_means(missed[series])),
+                sensitivity=_mean(_repeat_means(found[experiment])),
+                specificity=_mean(_repeat_means(missed[experiment])),
             )
         )
     return rows
@@ -216,14 +221,14 @@ def summaries(predictions: Predictions) -> list[Row]:
 def comparisons(predictions: Predictions, reference: str) -> list[Comparison]:
     """The init `reference` against each other one, wherever it was judged, in the order of `predictions`."""
     table = by_fold(predictions, fold_auc)
-    families: dict[Series, list[Comparison]] = defaultdict(list)
-    for series, repeats in table.items():
-        own = series._replace(init=reference)
-        if own in table and series != own:
+    families: dict[Experiment, list[Comparison]] = defaultdict(list)
+    for experiment, repeats in table.items():
+        own = experiment._replace(init=reference)
+        if own in table and experiment != own:
             both = sorted(table[own].keys() & repeats.keys())
             # Rounded, so that differences tie where only the last bits of two means tell them apart.
             differences_RF = [(table[own][repeat] - repeats[repeat]).round(12) for repeat in both]
-            families[own].append(_compare(series, reference, differences_RF))
+            families[own].append(_compare(experiment, reference, differences_RF))
     adjusted = []
     for family in families.values():
         two_sided, greater = holm([each.two_sided for each in family]), holm([each.greater for each in family])
@@ -244,11 +249,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _compare(series: Series, reference: str, differences_RF: Sequence[NDArray[np.float64]]) -> Comparison:
+def _compare(experiment: Experiment, reference: str, differences_RF: Sequence[NDArray[np.float64]]) -> Comparison:
     """The comparison, not yet adjusted, from the differences of fold AUCs of each repeat."""
     differences_R = np.array([each.mean() for each in differences_RF]).round(12)
     compared = Comparison(
-        **series._asdict(),
+        **experiment._asdict(),
         reference=reference,
         repeats=len(differences_R),
         difference=_mean(differences_R),

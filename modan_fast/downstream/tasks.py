@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from modan_fast.downstream.folds import FOLDS, SPLITS, class_folders, make_folds, read_folds
+from shard_builder.atomic import new_folder
 from shard_builder.settings import InputError, Progress, no_progress
 
 
@@ -57,7 +57,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Cell:
+class FoldRun:
     """One training of an evaluation's grid: repeat and fold, both counted from 1.
 
     All that is random in it is drawn from here, so it does not depend on what was trained before it.
@@ -96,7 +96,7 @@ def read_task(
     made = False
     if (folder / "dataframe").is_dir():
         if positive is not None:
-            raise InputError(f"--positive is for class folders: the fold files of {folder} say which is positive")
+            raise InputError(f"`positive` is for class folders: the fold files of {folder} say which is positive")
         listing, named = read_folds(folder, folder / "dataframe", group)
     else:
         listing = class_folders(folder, group, positive)
@@ -109,7 +109,7 @@ def read_task(
                 odd = sorted(listed.labels.items() ^ listing.labels.items())[0][0]
                 raise InputError(
                     f"{folds} has the folds of other images or classes than {folder} ({odd} is one): "
-                    "name another results folder with --out"
+                    "choose another results folder with `out`"
                 )
 
     images = sorted(listing.labels)
@@ -141,15 +141,13 @@ def read_task(
 
 def write_folds(task: Task, folder: Path) -> None:
     """Write the folds of a task as fold files into the new folder `folder`."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
-    for number, fold in enumerate(task.folds, start=1):
-        for split in SPLITS:
-            with (beside / f"{split}_fold{number}.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["filename", "label"])
-                writer.writerows((task.images[row], task.labels[row]) for row in getattr(fold, split))
-    os.replace(beside, folder)
+    with new_folder(folder) as beside:
+        for number, fold in enumerate(task.folds, start=1):
+            for split in SPLITS:
+                with (beside / f"{split}_fold{number}.csv").open("w", encoding="utf-8", newline="") as file:
+                    writer = csv.writer(file, lineterminator="\n")
+                    writer.writerow(["filename", "label"])
+                    writer.writerows((task.images[row], task.labels[row]) for row in getattr(fold, split))
 
 
 class Leak(NamedTuple):

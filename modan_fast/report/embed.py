@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.models import ResNet
 
-from modan_fast import models
-from modan_fast.checkpoint import load_encoder
 from modan_fast.downstream.inits import TORCHVISION, imagenet
 from modan_fast.downstream.probe import apply_to_all
+from modan_fast.downstream.results import recorded_settings
+from modan_fast.encoders import Encoder, load_encoder
 from modan_fast.folder import read_json
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import READ_BATCH
@@ -33,7 +32,7 @@ def pretraining_images(shards: ShardSet, samples: int, size: int) -> tuple[Tenso
     values = [bit.partition("=")[2] for bit in shards.manifest.labels]
     stream = Stream(shards, renderer="auto", batch_size=READ_BATCH, threads=usable_cores())
     pixels, names = [], []
-    for read in stream.first(min(samples, shards.manifest.samples)):
+    for read in stream.fetch_first(min(samples, shards.manifest.samples)):
         for image, bits in zip(read.pixels, read.labels.numpy(), strict=True):
             stretched = Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.BILINEAR)
             pixels.append(np.asarray(stretched))
@@ -52,8 +51,8 @@ def shards_of(runs: Mapping[str, Any]) -> ShardSet:
             shards = open_shards(read_json(config)["settings"]["shards"])
             if shards.fingerprint == init["shards"]["fingerprint"]:
                 return shards
-            raise InputError(f"{shards.place} has changed since {config.parent} was trained on it")
-    raise InputError("no init is a run that tells its shard set: name one with --shards")
+            raise InputError(f"{shards.location} has changed since {config.parent} was trained on it")
+    raise InputError("no init is a run that tells its shard set: name one with `shards`")
 
 
 def features(
@@ -73,21 +72,22 @@ def features(
     return found, missing
 
 
-def _encoder(name: str, init: Mapping[str, Any], runs: Mapping[str, Any], recipe: str) -> ResNet:
+def _encoder(name: str, init: Mapping[str, Any], runs: Mapping[str, Any], recipe: str) -> Encoder:
     """The encoder that was judged; of `scratch` a fresh one. `InputError` where its file is gone or has changed."""
     if init["kind"] == "scratch":
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            return models.encoder(runs["settings"][recipe]["stem"])
+            return Encoder(recorded_settings(runs, recipe)["stem"])
     path = Path(init["path"])
     if name == "imagenet":
-        stem, seed = (runs["settings"][recipe][key] for key in ("stem", "seed"))
-        judged = imagenet(None if path == TORCHVISION else path, stem, seed, sum_filters=recipe == "paper")
+        recorded = recorded_settings(runs, recipe)
+        stem, seed, sum_filters = (recorded[name] for name in ("stem", "seed", "sum_filters"))
+        judged = imagenet(None if path == TORCHVISION else path, stem, seed, sum_filters=sum_filters)
         if judged.sha256 != init["sha256"]:
             raise InputError(f"{path} has changed since it was judged")
-        encoder = models.encoder(stem)
+        encoder = Encoder(stem)
         assert judged.given is not None
-        encoder.load_state_dict(judged.given)
+        encoder.load_weights(judged.given)
         return encoder
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != init["sha256"]:
         raise InputError(f"{path} is gone or has changed since it was judged")

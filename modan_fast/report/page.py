@@ -13,9 +13,9 @@ from modan_fast.config import ReportConfig
 from modan_fast.downstream.results import Results
 from modan_fast.downstream.statistics import comparisons, read_finished, summaries
 from modan_fast.downstream.tasks import leak_counts, read_leaks
-from modan_fast.folder import check_writable, write_atomically
+from modan_fast.folder import check_writable, write_text
 from modan_fast.report import formats, paper, tables
-from modan_fast.report.drawings import draw_curves, draw_roc, draw_speed, draw_umap
+from modan_fast.report.plots import plot_curves, plot_roc, plot_speed, plot_umap
 from modan_fast.shards import open_shards
 from shard_builder.settings import InputError, Progress, no_progress
 
@@ -56,7 +56,7 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
     shards = open_shards(config.shards) if config.shards else None
     page = out / "report.html"
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
-        raise InputError(f"{page} is of another making: name another folder with --out")
+        raise InputError(f"{page} is of another making: choose another folder with `out`")
     # Predictions alone make tables and ROC curves.
     runs = Results.open(results).runs if (results / "runs.json").exists() else NO_RUNS
     methods = {init: _method(init, runs) for init in dict.fromkeys(series.init for series in predictions)}
@@ -75,15 +75,15 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
     times = tables.time_table(runs["times"], logs)
     for table in (*published, *behind, times):
         for name, text in formats.write(table).items():
-            _write(out / "tables" / name, text)
+            write_text(out / "tables" / name, text)
 
     progress("report", 1, 4, "ROC curves")
-    roc = draw_roc(out / "figures", predictions)
+    roc = plot_roc(out / "figures", predictions)
     progress("report", 2, 4, "learning curves")
-    learning = draw_curves(out / "figures", results / "curves.csv", logs)
-    speed = draw_speed(out / "figures", logs)
+    learning = plot_curves(out / "figures", results / "curves.csv", logs)
+    speed = plot_speed(out / "figures", logs)
     progress("report", 3, 4, "UMAP")
-    umap = draw_umap(out / "figures", runs, next(iter(predictions)).recipe, shards, config, progress)
+    umap = plot_umap(out / "figures", runs, next(iter(predictions)).recipe, shards, config, progress)
     progress("report", 4, 4, "")
 
     sections = [
@@ -112,7 +112,7 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
             if content
         ),
     )
-    _write(page, text)
+    write_text(page, text)
     return page
 
 
@@ -124,7 +124,7 @@ def _reference(asked: str | None, methods: Mapping[str, str | None]) -> str:
             next(iter(methods)),
         )
     if asked not in methods:
-        raise InputError(f"--reference {asked} is none of the inits judged: {', '.join(methods)}")
+        raise InputError(f"`reference={asked}` is none of the inits judged: {', '.join(methods)}")
     return asked
 
 
@@ -185,10 +185,6 @@ def _provenance(runs: Mapping[str, Any]) -> str:
     )
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts)
     return f"<dl>{lines}</dl>"
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda at: at.write_text(text, encoding="utf-8"))
 
 
 def _anchor(name: str) -> str:

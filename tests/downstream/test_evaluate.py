@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from modan_fast.config import EvaluateConfig
 from modan_fast.downstream import finetune
 from modan_fast.downstream.evaluate import evaluate
-from modan_fast.downstream.results import Series
+from modan_fast.downstream.results import Experiment
 from modan_fast.downstream.statistics import auc_table
-from modan_fast.downstream.tasks import Cell, read_task
+from modan_fast.downstream.tasks import FoldRun, read_task
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -55,7 +55,7 @@ def test_predictions_hold_every_test_image_once_a_fold(make_task: MakeTask, make
     config = settings(make_task(), init=("scratch", str(make_run("runs/mulsupcon"))), protocol=("probe",))
     trained = evaluate(config)
     assert trained == [
-        (Series("nodule", init, "paper", "probe"), Cell(1, fold))
+        (Experiment("nodule", init, "paper", "probe"), FoldRun(1, fold))
         for init in ("scratch", "mulsupcon")
         for fold in range(1, 6)
     ]
@@ -133,7 +133,7 @@ def test_a_command_killed_halfway_and_run_again_gives_the_same_bytes_and_table(m
             time.sleep(0.01)
         running.kill()
     assert len(content(killed)) < len(content(config)), "it must be killed before it has finished"
-    # Half a line more stands for a cell that was being written.
+    # Half a line more stands for a fold_run that was being written.
     with (killed.out / "predictions.csv").open("ab") as file:
         file.write(b"nodule,scratch,paper,finetune,1,5,images/008.png,0,0.5\nnodule,scratch,paper,fine")
     again = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -173,7 +173,7 @@ def test_released_code_fine_tunes_a_simclr_encoder_with_a_two_way_head(
     built = {}
     build = finetune.trainee
 
-    def spy(*arguments: object, headless: bool, **named: object) -> finetune.Trainee:
+    def spy(*arguments: object, headless: bool, **named: object) -> finetune.TaskNetwork:
         network = build(*arguments, headless=headless, **named)  # type: ignore[arg-type]
         built[headless] = network.network[1]
         return network
@@ -280,7 +280,7 @@ def test_other_settings_are_refused(made: EvaluateConfig, changed: dict[str, obj
 
 @pytest.fixture
 def made(make_task: MakeTask) -> EvaluateConfig:
-    """A results folder with settings, but without a cell."""
+    """A results folder with settings, but without a fold_run."""
     config = settings(make_task(), protocol=("probe",))
 
     def stop(stage: str, done: int, total: int, note: str) -> None:
@@ -310,16 +310,16 @@ def test_an_init_whose_weights_changed_is_refused(made: EvaluateConfig, make_run
 def test_two_runs_of_one_name_are_named_as_given(made: EvaluateConfig, make_run: MakeRun) -> None:
     first, second = make_run("a/run"), make_run("b/run", seed=2)
     both = replace(made, init=(str(first), str(second)))
-    assert {series.init for series, _ in evaluate(both)} == {str(first), str(second)}
+    assert {experiment.init for experiment, _ in evaluate(both)} == {str(first), str(second)}
     assert evaluate(both) == []
     assert evaluate(replace(made, init=(str(first),))) == []  # under the name that it has here
 
 
 def test_a_second_run_of_a_name_leaves_the_first_its_name(made: EvaluateConfig, make_run: MakeRun) -> None:
     first, second = make_run("a/run"), make_run("b/run", seed=2)
-    assert {series.init for series, _ in evaluate(replace(made, init=(str(first),)))} == {"run"}
+    assert {experiment.init for experiment, _ in evaluate(replace(made, init=(str(first),)))} == {"run"}
     both = replace(made, init=(str(first), str(second)))
-    assert {series.init for series, _ in evaluate(both)} == {str(second)}
+    assert {experiment.init for experiment, _ in evaluate(both)} == {str(second)}
     assert evaluate(both) == []
 
 
@@ -327,7 +327,7 @@ def test_an_encoder_file_is_named_after_its_run(made: EvaluateConfig, make_run: 
     run = make_run("mulsupcon")
     (run / "encoder.safetensors").rename(run / "encoder-0200.safetensors")
     trained = evaluate(replace(made, init=(str(run / "encoder-0200.safetensors"),)))
-    assert {series.init for series, _ in trained} == {"mulsupcon/encoder-0200"}
+    assert {experiment.init for experiment, _ in trained} == {"mulsupcon/encoder-0200"}
 
 
 def test_an_encoder_that_has_diverged_is_named_before_anything_is_trained(
@@ -343,7 +343,7 @@ def test_an_encoder_that_has_diverged_is_named_before_anything_is_trained(
     assert content(made) == before
 
 
-def test_imagenet_is_judged_under_both_recipes_and_lost_filters_are_told(
+def test_imagenet_is_judged_under_both_recipes_and_lost_filters_are_known(
     make_task: MakeTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")

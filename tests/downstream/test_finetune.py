@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from modan_fast import models
 from modan_fast.config import EvaluateConfig, Protocol
-from modan_fast.downstream.finetune import Trainee, batches, train, trainee
-from modan_fast.downstream.tasks import Cell, Task, decode, read_task
+from modan_fast.downstream.finetune import TaskNetwork, batches, train, trainee
+from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task
 
 CPU = torch.device("cpu")
 
@@ -31,9 +31,9 @@ def encoder_state() -> dict[str, Tensor]:
     return models.encoder("7x7").state_dict()
 
 
-def run(task: Task, settings: EvaluateConfig, cell: Cell, network: Trainee) -> Tensor:
+def run(task: Task, settings: EvaluateConfig, fold_run: FoldRun, network: TaskNetwork) -> Tensor:
     pixels = torch.from_numpy(decode(task, 32))
-    return train(network, encoder_state(), pixels, task, cell, settings, torch.float32)[0]
+    return train(network, encoder_state(), pixels, task, fold_run, settings, torch.float32)[0]
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_batches_keep_every_row_and_leave_none_alone(count: int, sizes: list[int
 def test_a_reset_network_trains_as_a_rebuilt_one(task: Task, recipe: str, protocol: Protocol) -> None:
     settings = config(recipe)
     used = trainee("7x7", protocol, CPU)
-    other = run(task, settings, Cell(1, 2), used)
-    reset = run(task, settings, Cell(1, 1), used)
+    other = run(task, settings, FoldRun(1, 2), used)
+    reset = run(task, settings, FoldRun(1, 1), used)
     rebuilt = trainee("7x7", protocol, CPU)
-    assert torch.equal(run(task, settings, Cell(1, 1), rebuilt), reset)
+    assert torch.equal(run(task, settings, FoldRun(1, 1), rebuilt), reset)
     for key, value in rebuilt.network.state_dict().items():
         assert torch.equal(used.network.state_dict()[key], value), key
     assert reset.shape == (len(task.folds[0].test),)
@@ -65,9 +65,9 @@ def test_one_compiled_step_serves_all_cells_and_trains_as_the_plain_one(task: Ta
     settings = config()
     compiled, plain = (trainee("7x7", "finetune", CPU, compiled=each) for each in (True, False))
     torch._dynamo.utils.counters.clear()
-    for cell in (Cell(1, 1), Cell(1, 2), Cell(2, 1)):
-        scores = run(task, settings, cell, compiled)
-        torch.testing.assert_close(scores, run(task, settings, cell, plain), atol=0.02, rtol=0)
+    for fold_run in (FoldRun(1, 1), FoldRun(1, 2), FoldRun(2, 1)):
+        scores = run(task, settings, fold_run, compiled)
+        torch.testing.assert_close(scores, run(task, settings, fold_run, plain), atol=0.02, rtol=0)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -93,7 +93,7 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
         seen.append(val_loss())
 
     start = encoder_state()
-    _, losses = train(tuned, start, pixels, task, Cell(1, 1), settings, torch.float32, look)
+    _, losses = train(tuned, start, pixels, task, FoldRun(1, 1), settings, torch.float32, look)
     assert losses.tolist() == pytest.approx(seen, rel=1e-4)
     assert len(seen) == 4
     assert min(seen) < seen[-1], "the last epoch must not be the best for this test to say anything"
@@ -103,7 +103,7 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
 def test_released_code_fine_tunes_the_features_as_512_logits(task: Task) -> None:
     settings = config("released-code")
     headless = trainee("7x7", "finetune", CPU, headless=True)
-    scores = run(task, settings, Cell(1, 1), headless)
+    scores = run(task, settings, FoldRun(1, 1), headless)
     pixels = torch.from_numpy(decode(task, 32))[task.folds[0].test].float() / 255
     with torch.no_grad():
         logits = headless.network.eval()(pixels)
@@ -115,7 +115,7 @@ def test_released_codes_probe_trains_the_head_and_moves_only_batch_norm_statisti
     settings = config("released-code")
     assert settings.probe_lr == 1e-3
     probed = trainee("7x7", "probe", CPU)
-    run(task, settings, Cell(1, 1), probed)
+    run(task, settings, FoldRun(1, 1), probed)
     start = encoder_state()
     moved = {key for key, value in probed.network[0].state_dict().items() if not torch.equal(value, start[key])}
     assert moved == {key for key in start if "running" in key or "num_batches" in key}

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from modan_fast.config import EvaluateConfig
 from modan_fast.downstream.probe import initial_head, train_heads
-from modan_fast.downstream.tasks import Cell, Task, read_task
+from modan_fast.downstream.tasks import FoldRun, Task, read_task
 
 CONFIG = EvaluateConfig(init=("scratch",), epochs=12, batch_size=8, probe_lr=0.003, seed=5).resolved()
-CELLS = [Cell(repeat, fold) for repeat in (1, 2) for fold in (1, 2, 3, 4, 5)]
+CELLS = [FoldRun(repeat, fold) for repeat in (1, 2) for fold in (1, 2, 3, 4, 5)]
 
 
 @pytest.fixture
@@ -27,16 +27,16 @@ def weak_features(task: Task) -> Tensor:
     return noise + 0.2 * torch.from_numpy(task.labels)[:, None]
 
 
-def train_alone(features: Tensor, task: Task, cell: Cell) -> tuple[Tensor, list[float]]:
+def train_alone(features: Tensor, task: Task, fold_run: FoldRun) -> tuple[Tensor, list[float]]:
     """The scores of one head trained as the paper says, by torch's own parts, and its validation losses."""
-    fold, labels, inputs = task.folds[cell.fold - 1], torch.from_numpy(task.labels), features.double()
+    fold, labels, inputs = task.folds[fold_run.fold - 1], torch.from_numpy(task.labels), features.double()
     head = nn.Linear(512, 2).double()
-    start = initial_head(cell, CONFIG.seed)
+    start = initial_head(fold_run, CONFIG.seed)
     head.load_state_dict({"weight": start[:, :512], "bias": start[:, 512]})
     assert CONFIG.probe_lr is not None
     optimizer = torch.optim.Adam(head.parameters(), lr=CONFIG.probe_lr)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.1)
-    order = cell.generator(CONFIG.seed, "order")
+    order = fold_run.generator(CONFIG.seed, "order")
     best, losses = head, [torch.inf]
     for _ in range(CONFIG.epochs):
         shuffled = torch.from_numpy(fold.train)[torch.randperm(len(fold.train), generator=order)]
@@ -56,7 +56,7 @@ def test_heads_trained_together_equal_heads_trained_one_by_one(task: Task) -> No
     steps = {-(-len(fold.train) // CONFIG.batch_size) for fold in task.folds}
     assert len(steps) > 1, "the folds must differ in their number of steps"
     features = weak_features(task)
-    alone, losses = zip(*(train_alone(features, task, cell) for cell in CELLS), strict=True)
+    alone, losses = zip(*(train_alone(features, task, fold_run) for fold_run in CELLS), strict=True)
     assert len({each.index(min(each)) for each in losses}) > 2, "selection by validation loss must matter"
     together, losses_together = train_heads(features, task, CELLS, CONFIG)
     assert together.dtype == torch.float32
@@ -67,8 +67,8 @@ def test_heads_trained_together_equal_heads_trained_one_by_one(task: Task) -> No
 def test_a_heads_scores_do_not_depend_on_the_heads_beside_it(task: Task) -> None:
     features = weak_features(task)
     together, _ = train_heads(features, task, CELLS, CONFIG)
-    for row, cell in enumerate(CELLS):
-        assert torch.equal(train_heads(features, task, [cell], CONFIG)[0][0], together[row])
+    for row, fold_run in enumerate(CELLS):
+        assert torch.equal(train_heads(features, task, [fold_run], CONFIG)[0][0], together[row])
     assert torch.equal(train_heads(features, task, CELLS[7:2:-1], CONFIG)[0], together[3:8].flip(0))
 
 

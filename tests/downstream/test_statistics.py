@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 from modan_fast.downstream.statistics import (
-    Cell,
+    FoldRun,
     Comparison,
     Outcome,
     Predictions,
-    Series,
+    Experiment,
     auc_table,
     by_fold,
     comparisons,
@@ -95,9 +95,9 @@ def test_repeats_that_an_evaluation_has_not_finished_are_left_out(tmp_path: Path
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     finished, left_out = read_finished(tmp_path)
     assert {
-        series.init: sorted(cells, key=lambda cell: (cell.repeat, cell.fold))
-        for series, cells in finished.items()
-    } == {"scratch": [Cell(1, 1), Cell(1, 2), Cell(2, 1), Cell(2, 2)]}
+        experiment.init: sorted(fold_runs, key=lambda fold_run: (fold_run.repeat, fold_run.fold))
+        for experiment, fold_runs in finished.items()
+    } == {"scratch": [FoldRun(1, 1), FoldRun(1, 2), FoldRun(2, 1), FoldRun(2, 2)]}
     assert left_out == 1
     task["test_images"] = [4, 2, 3]  # a third fold is still to come
     (tmp_path / "runs.json").write_text(json.dumps(runs))
@@ -123,8 +123,8 @@ def predictions_of(aucs: dict[str, list[float]], protocol: str = "probe") -> Pre
         return Outcome(np.array([0] * 20 + [1]), np.array([*range(20), beaten - 0.5], np.float64))
 
     return {
-        Series("nodule", init, "paper", protocol): {
-            Cell(repeat, fold): outcome(value) for repeat, value in enumerate(values, start=1) for fold in (1, 2)
+        Experiment("nodule", init, "paper", protocol): {
+            FoldRun(repeat, fold): outcome(value) for repeat, value in enumerate(values, start=1) for fold in (1, 2)
         }
         for init, values in aucs.items()
     }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modan_fast.downstream.tasks import Cell, Leak, decode, leak_counts, leaks, read_task, write_folds
+from modan_fast.downstream.tasks import FoldRun, Leak, decode, leak_counts, leaks, read_task, write_folds
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -247,7 +247,7 @@ def test_the_digest_changes_with_an_image_a_label_or_a_fold(make_task: MakeTask)
 
 def test_a_cells_seeds_differ_by_seed_repeat_fold_and_purpose() -> None:
     seeds = {
-        Cell(repeat, fold).seed(seed, purpose)
+        FoldRun(repeat, fold).seed(seed, purpose)
         for repeat in range(1, 11)
         for fold in range(1, 6)
         for seed in range(3)

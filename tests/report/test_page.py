@@ -112,7 +112,7 @@ def test_a_page_of_another_making_is_not_replaced_and_few_images_make_no_umap(
     assert "No UMAP: 3 images are too few" in text
 
 
-def test_leaks_that_the_evaluation_found_are_told(results: Path) -> None:
+def test_leaks_that_the_evaluation_found_are_known(results: Path) -> None:
     (results / "breast-leakage.csv").write_text(
         "fold,shared,test_image,train_image\n1,bytes,a.png,b.png\n2,bytes,a.png,c.png\n1,patient,a.png,d.png\n"
     )

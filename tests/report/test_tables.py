@@ -54,8 +54,8 @@ def test_all_forms_hold_the_same_cells(results: Path) -> None:
     assert rows == [list(row) for row in table.rows]
     for text in (to_markdown(table), to_html(table)):
         for row in rows:
-            for cell in row:
-                assert cell.replace("<", "&lt;") in text or cell in text
+            for fold_run in row:
+                assert fold_run.replace("<", "&lt;") in text or fold_run in text
     latex = to_latex(table)
     assert latex.count(r"\\") == len(rows) + 2
     assert all(

@@ -80,7 +80,7 @@ def build(
     count = options.workers or usable_cores()
     key = Path(os.path.realpath(options.key)) if options.key else key_beside(out)
     if key.is_relative_to(place):
-        raise InputError(f"--key {options.key} lies in {out}, which is replaced as a whole: keep it elsewhere")
+        raise InputError(f"`key={options.key}` lies in {out}, which is replaced as a whole: keep it elsewhere")
     with building(place, out) as folder, workers_of(count, options.dask, executor) as workers:
         recover(place)
         check_place(place, out, overwrite)

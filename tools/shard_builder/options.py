@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from shard_builder.duplicates import Duplicates
 from shard_builder.manifest import Codec
-from shard_builder.settings import InputError, option
+from shard_builder.settings import InputError, check_settings, option
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How a shard set is made. Raises `InputError` for settings that make no sense."""
 
-    per_class: int = option(100, "Images to draw from each class at random; 0 takes all.")
-    size: int = option(224, "Side of the stored images in pixels.")
+    per_class: int = option(100, "Images to take from each class, at random; 0 takes all.", least=0)
+    size: int = option(224, "Side of the stored images in pixels.", least=1, most=8192)
     codec: Codec = option(
         "png", "How pixels are stored: png (lossless), jpeg (quality 95) or raw (fastest to read)."
     )
     seed: int = option(0, "Seed of the choice and of the storage order.")
-    workers: int | None = option(None, "Processes that read images; all cores by default.")
+    workers: int | None = option(None, "Processes that read images; all cores by default.", least=1)
     anatomy: tuple[str, ...] = option((), "Anatomy of a folder that has none, as PATH=VALUE: US/spleen2=abd.")
     skip_unknown: bool = option(False, "Leave out folders whose anatomy is not known.")
     table: tuple[str, ...] = option(
@@ -35,45 +34,31 @@ class BuildOptions:
     require: str | None = option(None, "Leave out images without a value of these fields, as a,b.")
     map: Path | None = option(None, "CSV file field,from,to of values to name anew; an empty name is no value.")
     skip_missing: bool = option(False, "Leave out rows of a table whose image is not there.")
-    frames: int = option(1, "Frames to take of a DICOM file with many, evenly spaced; 1 takes the middle one.")
+    frames: int = option(
+        1, "Frames to take of a DICOM file with many, evenly spaced; 1 takes the middle one.", least=1
+    )
     allow_burned_in: bool = option(False, "Take DICOM files that say they have text burned into their pixels.")
     key: Path | None = option(
         None, "File with the key that hides the names of DICOM files, made if missing. By default beside the set."
     )
-    samples_per_shard: int = option(1000, "Images in one tar.")
+    samples_per_shard: int = option(1000, "Images in one tar.", least=1)
     duplicates: Duplicates = option(
         "first", "Images with the same pixels: keep all, the first by path, or drop them all."
     )
     dask: str | None = option(None, "Scheduler of a Dask cluster that does the work, such as tcp://host:8786.")
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("per-class", self.per_class, 0),
-            ("size", self.size, 1),
-            ("workers", self.workers, 1),
-            ("samples-per-shard", self.samples_per_shard, 1),
-            ("frames", self.frames, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"--{name} must be at least {least}, got {value}")
-        if self.size > 8192:
-            raise InputError(f"--size must be at most 8192, got {self.size}")
-        if self.codec not in get_args(Codec):
-            raise InputError(f"--codec must be one of {', '.join(get_args(Codec))}, got {self.codec}")
-        if self.duplicates not in get_args(Duplicates):
-            raise InputError(
-                f"--duplicates must be one of {', '.join(get_args(Duplicates))}, got {self.duplicates}"
-            )
+        check_settings(self)
         for each in self.anatomy:
             path, equals, anatomy = each.partition("=")
             if not (equals and path.strip("/") and anatomy) or "/" in anatomy:
-                raise InputError(f"--anatomy must be PATH=VALUE, such as US/spleen2=abd, got {each}")
+                raise InputError(f"`anatomy` must be PATH=VALUE, such as US/spleen2=abd, got {each}")
 
         for name, given in (("fields", self.fields), ("require", self.require)):
             names = _split(given)
             if not all(names) or len(set(names)) < len(names):
                 raise InputError(
-                    f"--{name} must be different names with commas between, got {given or 'nothing'}"
+                    f"`{name}` must be different names with commas between, got {given or 'nothing'}"
                 )
 
     @property

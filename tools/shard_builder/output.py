@@ -57,20 +57,22 @@ def check_place(place: Path, out: Path, overwrite: bool) -> None:
     if not place.exists():
         return
     if not place.is_dir():
-        raise InputError(f"{out} is a file: name a folder with --out")
+        raise InputError(f"{out} is a file: name a folder with `out`")
     if os.path.ismount(place):
-        raise InputError(f"{out} is a mount point, which no folder can replace: name one within it with --out")
+        raise InputError(f"{out} is a mount point, which no folder can replace: name one within it with `out`")
     if not os.listdir(place):
         return
     if foreign := _foreign(place, IN_SET):
         raise InputError(
-            f"{out} holds {as_text(foreign[0])}, which is no part of a shard set: name another --out"
+            f"{out} holds {as_text(foreign[0])}, which is no part of a shard set: choose another `out`"
         )
     if not overwrite:
         try:
             Manifest.load(place).check_files(place)
         except InputError as error:
-            raise InputError(f"{out} holds a damaged shard set: replace it with --overwrite ({error})") from None
+            raise InputError(
+                f"{out} holds a damaged shard set: replace it with `overwrite=True` ({error})"
+            ) from None
 
 
 def existing_set(place: Path, out: Path, recorded: Mapping[str, Any]) -> Manifest | None:
@@ -85,7 +87,7 @@ def existing_set(place: Path, out: Path, recorded: Mapping[str, Any]) -> Manifes
     name = next(name for name in names if existing.options.get(name) != recorded.get(name))
     other = "source" if name == "source" else f"{name}: {existing.options.get(name)}, not {recorded.get(name)}"
     raise InputError(
-        f"{out} holds a shard set of another {other}: replace it with --overwrite, or name another --out"
+        f"{out} holds a shard set of another {other}: replace it with `overwrite=True`, or choose another `out`"
     )
 
 
@@ -140,7 +142,7 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
 
 
 def _another(out: Path) -> InputError:
-    return InputError(f"another build is writing {out}: wait until it is done, or name another --out")
+    return InputError(f"another build is writing {out}: wait until it is done, or choose another `out`")
 
 
 def put_in_place(folder: Path, place: Path) -> None:

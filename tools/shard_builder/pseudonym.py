@@ -24,7 +24,7 @@ def load_key(path: Path) -> bytes:
         _make_key(path)
     text = path.read_bytes().strip() if path.is_file() else b""
     if not re.fullmatch(rb"[0-9a-fA-F]{64}", text):
-        raise InputError(f"{path} is no key of 64 hexadecimal digits: name another --key, it is made if missing")
+        raise InputError(f"{path} is no key of 64 hexadecimal digits: name another `key`, it is made if missing")
     return bytes.fromhex(text.decode("ascii"))
 
 

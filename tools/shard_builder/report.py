@@ -120,7 +120,11 @@ def _copies(groups: Sequence[Sequence[Entry]]) -> str:
     def listed(groups: Sequence[Sequence[Entry]]) -> str:
         texts = ([f"{as_text(each.source)} ({each.category})" for each in group] for group in groups)
         rows = (["; ".join(text[:8]) + (" …" if len(text) > 8 else "")] for text in texts)
-        return _table(rows, len(groups), "manifest.json lists them all where --duplicates leaves copies out")
+        return _table(
+            rows,
+            len(groups),
+            "manifest.json lists them all where copies are left out (duplicates: first or drop)",
+        )
 
     found = [
         f"<h3>{len(part):,} {what}</h3>{listed(part)}"

@@ -113,7 +113,7 @@ def scan_tree(
             f"{as_text('/'.join(example))}: {LAYOUT} (pass the folder that holds the modalities' folders)"
         )
     for path in sorted(set(anatomy) - {"/".join(parts) for parts in found if len(parts) == 2}):
-        raise InputError(f"--anatomy {path}={anatomy[path]}: there are no images right in {source / path}")
+        raise InputError(f"`anatomy={path}={anatomy[path]}`: there are no images right in {source / path}")
     folders = sum(len(parts) in (2, 3) for parts in found)
     entries: list[Entry] = []
     unknown: dict[str, int] = {}
@@ -130,8 +130,8 @@ def scan_tree(
     if unknown and not skip_unknown:
         first = as_text(next(iter(unknown)))
         raise InputError(
-            f"{first} names no anatomy and is no RadImageNet class: give it one with --anatomy {first}=abd, or "
-            f"pass --skip-unknown ({len(unknown)} of {folders} folders, {sum(unknown.values()):,} images)"
+            f"{first} names no anatomy and is no RadImageNet class: give it one with `anatomy={first}=abd`, or "
+            f"pass `skip_unknown=True` ({len(unknown)} of {folders} folders, {sum(unknown.values()):,} images)"
         )
     rejected.sort(key=lambda each: each.source)
     return Scan("tree", ("modality", "anatomy"), entries, rejected, source)

@@ -54,7 +54,7 @@ def scan_source(
     found = _required(found, options.required)
     if found.entries and not any(entry.fields for entry in found.entries):
         raise InputError(
-            f"no image in {source} has a value of {' or '.join(found.fields)}: name others with --fields"
+            f"no image in {source} has a value of {' or '.join(found.fields)}: name others with `fields`"
         )
     return found
 
@@ -66,7 +66,7 @@ def _tables(tables: Sequence[Path], root: Path, options: BuildOptions, progress:
     by_path = not set(USUAL) & set(offered) and set(options.chosen_fields) <= set(USUAL)
     fields = _chosen(options.chosen_fields, USUAL if by_path else offered, str(tables[0]))
     if options.anatomy and not by_path:
-        raise InputError(f"--anatomy is for labels by folder, and {tables[0]} has columns with labels: use --map")
+        raise InputError(f"`anatomy` is for labels by folder, and {tables[0]} has columns with labels: use `map`")
     found = scan_table(
         tables,
         root,
@@ -96,7 +96,7 @@ def _folder(source: Path, options: BuildOptions, own: Sequence[Path], progress: 
     if 10 * sum(not is_image(path) for path in marked) >= len(asked) > 0:
         raise InputError(
             f"{source} holds DICOM files among its PNG or JPEG images: shard either from a folder of its own, or name "
-            "the images in a table with --table"
+            "the images in a table with `table`"
         )
     fields = _chosen(options.chosen_fields, USUAL, str(source))
     found = scan_tree(
@@ -133,7 +133,7 @@ def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, pro
     fields, names = found.fields, dict[tuple[str, str], str]()
     if own:
         if options.anatomy:
-            raise InputError("--anatomy is for labels by folder, and DICOM files have their own: use --map")
+            raise InputError("`anatomy` is for labels by folder, and DICOM files have their own: use `map`")
         fields = _chosen(options.chosen_fields, list(terms.KEYWORDS), "a DICOM file")
         for (field, old), new in _names(options, fields).items():
             if names.setdefault((field, terms.plain(old)), new) != new:
@@ -155,7 +155,7 @@ def _opened(found: Scan, options: BuildOptions, key: Path, workers: Workers, pro
             rejected.append(Rejected(name, header))
             continue
         if header.burned_in and not options.allow_burned_in:
-            rejected.append(Rejected(name, "text burned into its pixels: --allow-burned-in takes it"))
+            rejected.append(Rejected(name, "text burned into its pixels: allow_burned_in takes it"))
             continue
         values, category = entry.fields, entry.category
         if own:
@@ -207,10 +207,10 @@ def _chosen(asked: Sequence[str], offered: Sequence[str], where: str) -> tuple[s
     for name in asked:
         if name in NO_LABELS:
             raise InputError(
-                f"--fields {name}: it identifies an image or a person, and is no label: leave it out"
+                f"`fields={name}`: it identifies an image or a person, and is no label: leave it out"
             )
         if name not in offered:
-            raise InputError(f"--fields {name}: {where} has no such field, but {', '.join(offered) or 'none'}")
+            raise InputError(f"`fields={name}`: {where} has no such field, but {', '.join(offered) or 'none'}")
     return tuple(asked) or tuple(name for name in USUAL if name in offered)
 
 
@@ -233,7 +233,7 @@ def _required(found: Scan, required: Sequence[str]) -> Scan:
     """`found` without the images that lack a value of one of the fields `required`."""
     for name in required:
         if name not in found.fields:
-            raise InputError(f"--require {name}: it is none of the label fields {', '.join(found.fields)}")
+            raise InputError(f"`require={name}`: it is none of the label fields {', '.join(found.fields)}")
     kept, rejected = [], list(found.rejected)
     for entry in found.entries:
         if lacks := [name for name in required if name not in entry.fields]:

@@ -66,7 +66,7 @@ def scan_table(
             rejected.append(Rejected(as_text(path), NO_ANATOMY))
         else:
             called = as_text(folder) if folder and is_image(path) else "its path"  # others may name patients
-            way = f"give it one with --anatomy {called}=abd, or pass --skip-unknown, or "
+            way = f"give it one with `anatomy={called}=abd`, or pass `skip_unknown=True`, or "
             way = way if folder.count("/") == 1 else ""
             raise InputError(_at(place, f"{called} names no modality and anatomy: {way}add columns with labels"))
         places.setdefault(path, place)
@@ -74,7 +74,7 @@ def scan_table(
             progress("reading rows", len(places), len(places) + 1, "")  # nobody knows how many there are
     progress("reading rows", len(places), len(places), "")
     for folder in sorted(set(anatomy or {}) - {known[-1] for known in labels}):
-        raise InputError(f"--anatomy {folder}: no row of {tables[0]} names an image right in {folder}")
+        raise InputError(f"`anatomy={folder}`: no row of {tables[0]} names an image right in {folder}")
     missing = _missing(root, entries)
     if missing and not (skip_missing and len(missing) < len(entries)):
         first = missing[0]
@@ -84,7 +84,7 @@ def scan_table(
                 places[first],
                 f"its image{shown} is not in {root} ({len(missing):,} of {len(entries):,} images are not there): "
                 f"name their folder, as in `modan-fast shard FOLDER --table {tables[0].name}`, correct the table, or "
-                "pass --skip-missing",
+                "pass `skip_missing=True`",
             )
         )
     rejected += [Rejected(as_text(path), "not in the folder of the images") for path in missing]

@@ -121,8 +121,8 @@ class Workers:
                     yield job.key, result
 
 
-class Here(Executor):
-    """Does all work at once, in this process."""
+class SerialExecutor(Executor):
+    """Runs each job in this process, when it is submitted."""
 
     def submit(self, work: Callable[..., Result], /, *arguments: Any, **named: Any) -> Future[Result]:
         future: Future[Result] = Future()
@@ -173,7 +173,7 @@ def workers_of(count: int, dask: str | None = None, executor: Executor | None = 
         with _dask(dask) as workers:
             yield workers
     else:
-        workers = Workers(count, (lambda: _processes(count)) if count > 1 else Here)
+        workers = Workers(count, (lambda: _processes(count)) if count > 1 else SerialExecutor)
         try:
             yield workers
         finally:
@@ -185,7 +185,7 @@ def _dask(address: str) -> Iterator[Workers]:
     try:
         from distributed import Client, KilledWorker
     except ImportError:
-        raise InputError("--dask needs Dask: pip install 'modan-fast[dask]'") from None
+        raise InputError("`dask` needs Dask: pip install 'modan-fast[dask]'") from None
     try:
         client = Client(address)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What the page shows of a results folder as pictures: each is written as a file and returned as HTML."""
+"""The figures of a results folder: each is plotted into a file and returned as HTML for the page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from PIL import Image
 from sklearn.metrics import roc_curve
 
 from modan_fast.config import ReportConfig
-from modan_fast.downstream.results import CURVE_COLUMNS, Series
+from modan_fast.devices import pick_device
+from modan_fast.downstream.results import CURVE_COLUMNS, Experiment
 from modan_fast.downstream.statistics import Predictions
-from modan_fast.downstream.tasks import Cell
-from modan_fast.machine import pick_device
+from modan_fast.downstream.tasks import FoldRun
 from modan_fast.report import figures, tables
 from modan_fast.report.embed import features, pretraining_images, shards_of
 from modan_fast.shards import ShardSet
@@ -28,21 +28,21 @@ from shard_builder.settings import InputError, Progress
 FEWEST = 10  # images of a UMAP
 
 
-def draw_roc(folder: Path, predictions: Predictions) -> str:
+def plot_roc(folder: Path, predictions: Predictions) -> str:
     """ROC curves of each task and recipe: a panel an init and protocol."""
     content = ""
-    for task, recipe in dict.fromkeys((series.task, series.recipe) for series in predictions):
+    for task, recipe in dict.fromkeys((experiment.task, experiment.recipe) for experiment in predictions):
         panels: dict[str, list[tuple[str, list[figures.Curve]]]] = {}
-        for series, cells in sorted(predictions.items(), key=lambda item: item[0].protocol):
-            if (series.task, series.recipe) == (task, recipe):
+        for experiment, fold_runs in sorted(predictions.items(), key=lambda item: item[0].protocol):
+            if (experiment.task, experiment.recipe) == (task, recipe):
                 drawn = [
                     roc_curve(outcome.labels, outcome.scores)[:2]
-                    for _, outcome in sorted(cells.items(), key=lambda item: (item[0].repeat, item[0].fold))
+                    for _, outcome in sorted(fold_runs.items(), key=lambda item: (item[0].repeat, item[0].fold))
                     if len(set(outcome.labels)) == 2 and np.isfinite(outcome.scores).all()
                 ]
                 if drawn:
-                    title = f"{series.init}\n{tables.PROTOCOLS[series.protocol]}"
-                    panels.setdefault(series.protocol, []).append((title, drawn))
+                    title = f"{experiment.init}\n{tables.PROTOCOLS[experiment.protocol]}"
+                    panels.setdefault(experiment.protocol, []).append((title, drawn))
         if panels:
             path = folder / f"roc-{task}-{recipe}.svg"
             figures.roc(path, list(panels.values()), shown=5)
@@ -55,21 +55,23 @@ def draw_roc(folder: Path, predictions: Predictions) -> str:
     return content
 
 
-def draw_curves(folder: Path, losses: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def plot_curves(folder: Path, losses: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Validation loss of the downstream trainings, and loss of the pretrainings."""
     content = ""
     if losses.exists():
-        found: dict[Series, dict[Cell, list[float]]] = {}
+        found: dict[Experiment, dict[FoldRun, list[float]]] = {}
         with losses.open(encoding="utf-8", newline="") as file:
             for row in islice(csv.reader(file), 1, None):
                 if len(row) == len(CURVE_COLUMNS):
-                    cell = Cell(int(row[4]), int(row[5]))
-                    found.setdefault(Series(*row[:4]), {}).setdefault(cell, []).append(float(row[-1]))
+                    fold_run = FoldRun(int(row[4]), int(row[5]))
+                    found.setdefault(Experiment(*row[:4]), {}).setdefault(fold_run, []).append(float(row[-1]))
         grouped: dict[tuple[str, str, str], dict[str, NDArray[np.float64]]] = {}
-        for series, cells in found.items():
-            epochs = max(map(len, cells.values()))  # a killed evaluation leaves its last training short
-            whole = np.array([each for each in cells.values() if len(each) == epochs])
-            grouped.setdefault((series.task, series.recipe, series.protocol), {})[series.init] = whole
+        for experiment, fold_runs in found.items():
+            epochs = max(map(len, fold_runs.values()))  # a killed evaluation leaves its last training short
+            whole = np.array([each for each in fold_runs.values() if len(each) == epochs])
+            grouped.setdefault((experiment.task, experiment.recipe, experiment.protocol), {})[experiment.init] = (
+                whole
+            )
         panels = [
             (f"{task}, {tables.PROTOCOLS[protocol]}, {recipe}", inits)
             for (task, recipe, protocol), inits in sorted(grouped.items())
@@ -93,7 +95,7 @@ def draw_curves(folder: Path, losses: Path, logs: Mapping[str, Sequence[Mapping[
     return content
 
 
-def draw_speed(folder: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def plot_speed(folder: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if not logs:
         return ""
     path = folder / "pretraining-speed.svg"
@@ -108,7 +110,7 @@ def _over_epochs(
     return [(init, {"": np.array([[line[name] for line in log]], np.float64)}) for init, log in logs.items()]
 
 
-def draw_umap(
+def plot_umap(
     folder: Path,
     runs: Mapping[str, Any],
     recipe: str,
