@@ -65,7 +65,7 @@ class Augmentation:
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise InputError(
-                    f"`augmentation.{name}` must be two numbers, the smaller one first, got {bounds}"
+                    f"`{name}` must be two numbers, the smaller one first, got {bounds}"
                 )
 
 

@@ -60,3 +60,14 @@ def real_data():
             "real images are not at hand: set MODAN_TEST_DATA to a folder with radiology/, dicom/ and downstream/"
         )
     return Path(os.environ["MODAN_TEST_DATA"])
+
+
+@pytest.fixture
+def make_task_folder(tmp_path):
+    """A task of two class folders with 10 images each; malignant images are brighter."""
+    noise = np.random.default_rng(1).integers(0, 100, (20, 40, 36), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        folder = tmp_path / "task" / ("benign", "malignant")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels + np.uint8(100 * (number % 2))).save(folder / f"{number:02}.png")
+    return tmp_path / "task"

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from modan_fast import cli
-from modan_fast.checkpoint import load_encoder
+from modan_fast.encoders import load_encoder
 from shard_builder import image
 from shard_builder.settings import InputError
 
@@ -114,7 +114,7 @@ def test_images_that_the_workers_died_of_are_told_by_the_exit_code(run, monkeypa
     assert code == 1
     assert "44 images of 4 classes" in printed
     assert "left out: CT/abd/mass/007.png: the worker died three times while packing it" in printed
-    assert "4 of them because the workers died" in printed
+    assert "4 of them because the workers died: try again with --overwrite" in printed
 
 
 def test_a_table_with_more_fields_goes_all_the_way_to_an_encoder(run, archive, tmp_path):
@@ -145,7 +145,7 @@ def test_what_is_not_known_of_dicom_files_is_counted_and_their_key_is_named(run,
     assert code == 0
     assert "3 images of 2 classes in 1 shards; labels: 1 of modality, 1 of anatomy" in printed
     assert "no value of anatomy: 2 of 3 images" in printed
-    assert "unknown value of anatomy: 1 DICOM files; --map names it" in printed
+    assert "unknown value of anatomy: 1 DICOM files; name it with --map" in printed
     assert f"names are hashed with {tmp_path / 'shards.key'}: keep it apart from the set" in printed
 
 
@@ -207,9 +207,12 @@ def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
         ("--momentum", 1, "at least 0 and below 1"),
         ("--weight-decay", "nan", "at least 0"),
         ("--weight-decay", "inf", "at least 0"),
-        ("--seed", 2**63, f"at most {2**63 - 1}"),
-        ("--image-size", 1_000_000, "at most 4096"),
-        ("--threads", 1_000_000, "at most 1024"),
+        ("--seed", 2**63, f"at least 0 and at most {2**63 - 1}"),
+        ("--image-size", 1_000_000, "at least 32 and at most 4096"),
+        ("--threads", 1_000_000, "at least 1 and at most 1024"),
+        ("--temperature", 0, "above 0"),
+        ("--threshold", 1.5, "at least 0 and at most 1"),
+        ("--augmentation.flip", 2, "at least 0 and at most 1"),
     ]:
         assert f"{option} must be {rule}" in refused(*here, option, value)
     assert "'mocov2' is not one of 'mulsupcon', 'simclr'" in refused(*here, "--method", "mocov2")

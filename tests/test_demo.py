@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from modan_fast import demo as module
-from modan_fast.checkpoint import finished_epochs
 from modan_fast.config import ReportConfig
 from modan_fast.demo import demo
 from modan_fast.downstream.statistics import auc_table
 from modan_fast.report.page import write_report
+from modan_fast.run import finished_epochs
 from shard_builder.settings import InputError
 
 

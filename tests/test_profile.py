@@ -7,7 +7,7 @@ import pytest
 from modan_fast import profile as module
 from modan_fast.config import PretrainConfig
 from modan_fast.profile import COMPUTE, REMEDIES, Profile, profile
-from modan_fast.render import draw
+from modan_fast.render import cropped_and_resized
 
 
 def settings(shards, **changes):
@@ -31,11 +31,11 @@ def test_every_stage_of_a_step_is_timed_and_nothing_is_written(shards, tmp_path,
 
 
 def test_a_slow_renderer_is_named_as_what_limits_the_speed(shards, monkeypatch):
-    def slow(*arguments):
+    def slow(*arguments, **settings):
         time.sleep(1.0)
-        return draw(*arguments)
+        return cropped_and_resized(*arguments, **settings)
 
-    monkeypatch.setattr("modan_fast.render.draw", slow)
+    monkeypatch.setattr("modan_fast.render.cropped_and_resized", slow)
     monkeypatch.setattr(module, "STEPS", 3)
     found = profile(settings(shards, renderer="torch"))
     assert found.waits > 0.2

@@ -13,7 +13,7 @@ from PIL import Image
 
 from modan_fast.decode import dali_installed
 from modan_fast.shards import open_shards
-from modan_fast.store import Memory, open_store, read_all
+from modan_fast.store import InMemoryStore, open_store, read_all
 from modan_fast.stream import Stream
 from shard_builder.build import build
 from shard_builder.options import BuildOptions
@@ -94,14 +94,14 @@ def test_pixels_that_do_not_fit_are_refused_with_their_size(shards, tmp_path):
     manifest["size"] = 2_000_000  # 48 images of 4 TB
     (vast / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(
-        InputError, match=r"--store host: .* GiB of pixels are over 80% of the .* GiB that are free"
+        InputError, match=r"`store=host`: .* GiB of pixels are over 80% of the .* GiB that are free"
     ):
         opened(vast, tier="host")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
 def test_a_gpu_store_without_a_gpu_is_refused(shards):
-    with pytest.raises(InputError, match="--store gpu needs a GPU"):
+    with pytest.raises(InputError, match="`store=gpu` needs a GPU"):
         opened(shards, tier="gpu")
 
 
@@ -121,17 +121,17 @@ def test_memory_that_others_take_while_it_is_filled_is_noticed(shards, monkeypat
 
 def test_a_store_in_memory_says_how_much_it_takes(shards, caplog):
     caplog.set_level("INFO", "modan_fast")
-    assert isinstance(opened(shards), Memory)
+    assert isinstance(opened(shards), InMemoryStore)
     assert "store: in host memory (0.00 GiB of pixels" in caplog.text
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("place", ["gpu", "host"])
-def test_pixels_on_the_gpu_and_in_pinned_memory_are_those_of_the_tars(shards, place):
-    store = read_all(open_shards(shards), place=place, device=torch.device("cuda", 0), threads=2)
-    assert store.pixels.is_cuda == (place == "gpu")
-    assert store.pixels.is_pinned() == (place == "host")
+@pytest.mark.parametrize("tier", ["gpu", "host"])
+def test_pixels_on_the_gpu_and_in_pinned_memory_are_those_of_the_tars(shards, tier):
+    store = read_all(open_shards(shards), tier=tier, device=torch.device("cuda", 0), threads=2)
+    assert store.pixels.is_cuda == (tier == "gpu")
+    assert store.pixels.is_pinned() == (tier == "host")
     pixels, labels, targets = read_by_hand(shards)
     chosen = np.array([40, 3, 17])
     (samples,) = store.fetch([chosen])
@@ -146,6 +146,6 @@ def test_pixels_on_the_gpu_and_in_pinned_memory_are_those_of_the_tars(shards, pl
 def test_a_gpu_without_room_leaves_the_pixels_in_host_memory(shards, monkeypatch, caplog):
     monkeypatch.setattr("modan_fast.store.GPU_SHARE", 0.0)
     store = open_store(open_shards(shards), device=torch.device("cuda", 0), batch_size=8, threads=1)
-    assert isinstance(store, Memory)
+    assert isinstance(store, InMemoryStore)
     assert store.pixels.is_pinned()
     assert "not on the GPU" in caplog.text

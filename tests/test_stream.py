@@ -26,8 +26,8 @@ RENDERERS = ["torch", pytest.param("dali", marks=pytest.mark.skipif(not dali_ins
 PARTS = [np.array([47, 3, 20]), np.array([5]), np.array([21, 4])]
 
 
-def stream(place, renderer="torch"):
-    return Stream(open_shards(place), renderer=renderer, batch_size=8, threads=2)
+def stream(location, renderer="torch"):
+    return Stream(open_shards(location), renderer=renderer, batch_size=8, threads=2)
 
 
 @contextlib.contextmanager
@@ -87,14 +87,14 @@ def test_only_the_shards_that_are_needed_are_read(shards, tmp_path):
         list(few.fetch([np.array([20])]))
 
 
-@pytest.mark.parametrize("place", ["pipe:false {}", "nosuchscheme://a/b"])
-def test_a_url_without_a_shard_set_is_refused(place):
+@pytest.mark.parametrize("location", ["pipe:false {}", "nosuchscheme://a/b"])
+def test_a_url_without_a_shard_set_is_refused(location):
     with pytest.raises(InputError, match="no shard set at"):
-        open_shards(place)
+        open_shards(location)
 
 
-def test_a_command_without_a_place_for_the_name_is_refused():
-    with pytest.raises(InputError, match="must have {} where the name"):
+def test_a_command_without_braces_for_the_name_is_refused():
+    with pytest.raises(InputError, match="must have {} where the file's name"):
         open_shards("pipe:cat manifest.json")
 
 
@@ -127,13 +127,13 @@ PEAKS = """
 import sys
 import numpy as np
 from modan_fast.augment import sample_order
-from modan_fast.machine import peak_memory
+from modan_fast.devices import peak_memory
 from modan_fast.shards import open_shards
 from modan_fast.stream import Stream
 import torch
 
-for place in sys.argv[1:]:
-    opened = open_shards(place)
+for location in sys.argv[1:]:
+    opened = open_shards(location)
     order = sample_order(0, 0, opened.counts, window=500)
     stream = Stream(opened, renderer="torch", batch_size=100, threads=2)
     seen = sum(len(samples.ids) for samples in stream.fetch(np.array_split(order, len(order) // 100)))
@@ -159,8 +159,8 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         Manifest(shards * count, size, "raw", {"modality": ["CT", "MR"]}, ["CT"], written, [], {}).save(
             tmp_path / name
         )
-    places = [str(tmp_path / name) for name in ("small", "large")]
-    ended = subprocess.run([sys.executable, "-c", PEAKS, *places], check=True, capture_output=True, text=True)
+    locations = [str(tmp_path / name) for name in ("small", "large")]
+    ended = subprocess.run([sys.executable, "-c", PEAKS, *locations], check=True, capture_output=True, text=True)
     small, large = (line.split() for line in ended.stdout.splitlines())
     assert (small[0], large[0]) == ("2000", "16000")
     # Eight times the images, 229 MB more of pixels: the peak moves by a few megabytes of bookkeeping.

@@ -15,17 +15,23 @@ import torch
 import torchvision
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
-from modan_fast import pretrain as module
-from modan_fast.checkpoint import finished_epochs, load, load_encoder, load_imagenet, resumed_config
-from modan_fast.config import RECIPES, PretrainConfig, from_json, pretrain_config, to_json
-from modan_fast.pretrain import pretrain
-from modan_fast.step import Step, lr_at, rate_at, wants_compile
+from modan_fast import metrics, trainer
+from modan_fast.config import PretrainConfig, to_json
+from modan_fast.devices import wants_compile
+from modan_fast.encoders import imagenet_encoder, load_encoder
+from modan_fast.recipes import PRETRAIN, pretrain_config
+from modan_fast.run import finished_epochs, load_checkpoint, resumed_config
+from modan_fast.step import TrainState, lr_at, rate_at
+from modan_fast.trainer import pretrain
+from shard_builder.build import build
+from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError
 
 
 def settings(shards, out, **changes):
     """Two seconds' worth of training."""
     small = {"epochs": 3, "batch_size": 12, "image_size": 32, "stem": "7x7", "warmup_epochs": 0, "lr": 0.02}
+    small["milestones"] = ()
     return PretrainConfig(shards=str(shards), out=out, device="cpu", threads=2, **{**small, **changes})
 
 
@@ -92,7 +98,7 @@ def test_an_encoder_of_three_channels_fits_torchvisions_network_as_it_is(shards,
 def test_three_equal_channels_see_what_one_of_summed_filters_sees(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "imagenet.pth")
     grey, colour = (
-        load_imagenet(tmp_path / "imagenet.pth", "7x7", sum_filters=True, channels=channels).eval()
+        imagenet_encoder(tmp_path / "imagenet.pth", "7x7", sum_filters=True, channels=channels).eval()
         for channels in (1, 3)
     )
     images = torch.rand(2, 1, 32, 32)
@@ -101,7 +107,7 @@ def test_three_equal_channels_see_what_one_of_summed_filters_sees(tmp_path):
 
 def test_the_run_folder_tells_how_it_came_about(finished, shards):
     written = json.loads((finished / "config.json").read_text())
-    assert from_json(PretrainConfig, written["settings"]) == settings(shards, finished)
+    assert pretrain_config(written["settings"]) == settings(shards, finished)
     assert written["preprocessing"] == {"image_size": 32, "channels": 1, "mean": 0.0, "std": 1.0}
     chosen = {"device": "CPU", "precision": "float32", "compile": False, "renderer": "torch", "store": "host"}
     assert written["chosen"] == {**chosen, "threads": 2}
@@ -121,14 +127,14 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_that_was_never_stopped(f
         if stage == "pretraining" and done == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    # With a look at every step, so that the report comes at every step.
-    looked, module.LOOK_EVERY = module.LOOK_EVERY, 0.0
+    # With a look at every step, progress is shown at every step.
+    looked, metrics.LOOK_EVERY = metrics.LOOK_EVERY, 0.0
     try:
         with pytest.raises(KeyboardInterrupt):
             pretrain(config, progress=stop_at)
     finally:
-        module.LOOK_EVERY = looked
-    state = load(tmp_path / "run")
+        metrics.LOOK_EVERY = looked
+    state = load_checkpoint(tmp_path / "run")
     assert state["epoch"] * 4 + state["step"] == at
     state["seconds"] += 1000
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
@@ -145,15 +151,15 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_that_was_never_stopped(f
 
 KILLED_AT_A_STEP = """
 import json, os, signal, sys
-from modan_fast import pretrain
-from modan_fast.config import PretrainConfig, from_json
+from modan_fast import metrics, trainer
+from modan_fast.recipes import pretrain_config
 
 def kill_at(stage, done, total, note=""):
     if stage == "pretraining" and done == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-pretrain.LOOK_EVERY = 0.0
-pretrain.pretrain(from_json(PretrainConfig, json.loads(sys.argv[1])), progress=kill_at)
+metrics.LOOK_EVERY = 0.0
+trainer.pretrain(pretrain_config(json.loads(sys.argv[1])), progress=kill_at)
 """
 
 
@@ -169,7 +175,7 @@ def test_a_killed_process_is_resumed_to_the_same_weights_whatever_the_threads(
     arguments = [json.dumps(to_json(replace(config, threads=threads))), str(at)]
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_A_STEP, *arguments], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert load(tmp_path / "run")["epoch"] == (at - 1) // 4
+    assert load_checkpoint(tmp_path / "run")["epoch"] == (at - 1) // 4
     pretrain(config, resume=True)
     assert_same_weights(weights(tmp_path / "run"), weights(whole))
 
@@ -186,12 +192,12 @@ def test_an_encoder_that_a_kill_has_left_behind_its_checkpoint_is_made_up_for(fi
 
 def test_a_state_can_be_continued_on_a_machine_that_scales_losses_or_fuses_steps(shards, tmp_path):
     config = settings(shards, tmp_path)
-    step = Step(config, classes=4, steps=4, device=torch.device("cpu"))
-    state = step.state()
+    step = TrainState(config, classes=4, steps=4, device=torch.device("cpu"))
+    state = step.state_dict()
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = True
     step._scaler = torch.amp.GradScaler("cpu", enabled=True)
-    step.load_state(state)
+    step.load_state_dict(state)
     assert not any(group["fused"] for group in step.optimizer.param_groups)
 
 
@@ -210,7 +216,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(finished, shards):
     assert pretrain(settings(shards, finished)) == finished
     assert pretrain(settings(shards, finished), resume=True) == finished
     assert (finished / "encoder.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="--resume continues it, --overwrite replaces it"):
+    with pytest.raises(InputError, match="`resume=True` continues it, `overwrite=True` replaces it"):
         pretrain(settings(shards, finished, temperature=0.2))
 
 
@@ -253,21 +259,21 @@ def test_a_folder_that_is_no_run_is_never_written_to(shards, tmp_path):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_another_programs_config_is_never_replaced(shards, tmp_path, overwrite):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(InputError, match="its config.json is of another program"):
+    with pytest.raises(InputError, match="its config.json was written by another program"):
         pretrain(settings(shards, tmp_path), overwrite=overwrite)
     assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
 
 
 def test_resuming_keeps_the_runs_settings_but_for_those_of_the_machine(finished):
     assert resumed_config(finished, {"epochs": 9, "threads": 1}).epochs == 9
-    with pytest.raises(InputError, match=r"--temperature 0\.07, not 0\.5"):
+    with pytest.raises(InputError, match=r"`temperature=0\.07`, not 0\.5"):
         resumed_config(finished, {"temperature": 0.5})
     with pytest.raises(InputError, match="no run to resume"):
         resumed_config(finished / "elsewhere", {})
 
 
 def test_a_batch_larger_than_the_set_is_refused_before_anything_is_written(shards, tmp_path):
-    with pytest.raises(InputError, match="--batch-size 64 is more than the 48 images"):
+    with pytest.raises(InputError, match="`batch_size=64` is more than the 48 images"):
         pretrain(settings(shards, tmp_path / "run", batch_size=64))
     assert not (tmp_path / "run").exists()
 
@@ -275,19 +281,19 @@ def test_a_batch_larger_than_the_set_is_refused_before_anything_is_written(shard
 def test_a_loss_that_is_no_longer_finite_ends_the_run_and_keeps_the_last_checkpoint(shards, tmp_path):
     config = settings(shards, tmp_path / "run", epochs=1)
     pretrain(config)
-    with pytest.raises(FloatingPointError, match="try a smaller --lr; nothing was saved yet"):
+    with pytest.raises(FloatingPointError, match="try a smaller `lr`; nothing was saved yet"):
         pretrain(replace(config, epochs=4, lr=1e30), overwrite=True)
-    with pytest.raises(InputError, match=r"\(0 of 4 epochs saved\): --overwrite replaces it"):
+    with pytest.raises(InputError, match=r"\(0 of 4 epochs saved\): `overwrite=True` replaces it"):
         pretrain(config)
 
 
 def test_a_stop_never_saves_weights_whose_loss_is_not_finite(shards, tmp_path, monkeypatch):
-    class Diverging(Step):
-        def update(self, batch, step):
+    class Diverging(TrainState):
+        def forward(self, batch):
             os.kill(os.getpid(), signal.SIGINT)
-            return super().update(batch, step) * torch.nan
+            return super().forward(batch) * torch.nan
 
-    monkeypatch.setattr(module, "Step", Diverging)
+    monkeypatch.setattr(trainer, "TrainState", Diverging)
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1, step 1"):
         pretrain(settings(shards, tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -307,7 +313,7 @@ def test_the_schedule_equals_torchs_linear_warm_up_and_multi_step_decay():
 
 
 def test_the_warm_up_of_a_small_learning_rate_never_exceeds_it():
-    config = PretrainConfig(lr=1e-4)
+    config = PretrainConfig(lr=1e-4).resolved(224)
     assert {rate_at(config, step, steps=5) for step in range(30)} == {1e-4}
 
 
@@ -346,35 +352,78 @@ def test_grey_images_look_to_summed_imagenet_filters_as_rgb_ones_do(imagenet):
     rgb = torchvision.models.resnet18()
     rgb.load_state_dict(torch.load(imagenet))
     rgb.fc = torch.nn.Identity()
-    grey = load_imagenet(imagenet, "7x7", sum_filters=True)
+    grey = imagenet_encoder(imagenet, "7x7", sum_filters=True)
     images = torch.rand(2, 1, 64, 64)
     torch.testing.assert_close(
         grey.eval()(images), rgb.eval()(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
     )
     for fresh in (
-        load_imagenet(imagenet, "7x7", sum_filters=False),
-        load_imagenet(imagenet, "3x3", sum_filters=True),
+        imagenet_encoder(imagenet, "7x7", sum_filters=False),
+        imagenet_encoder(imagenet, "3x3", sum_filters=True),
     ):
-        assert torch.equal(fresh.layer4[1].conv2.weight, rgb.layer4[1].conv2.weight)
-        assert fresh.conv1.weight.shape != rgb.conv1.weight.shape
+        assert torch.equal(fresh.network.layer4[1].conv2.weight, rgb.layer4[1].conv2.weight)
+        assert fresh.network.conv1.weight.shape != rgb.conv1.weight.shape
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
     with pytest.raises(InputError, match=r"resnet34\.pth holds no weights of torchvision's ResNet-18"):
-        load_imagenet(tmp_path / "resnet34.pth", "7x7", sum_filters=True)
+        imagenet_encoder(tmp_path / "resnet34.pth", "7x7", sum_filters=True)
 
 
-def test_milestones_are_absolute_epochs_whatever_the_length_of_the_run():
-    config = PretrainConfig(epochs=1000)
-    rates = {epoch: rate_at(replace(config, epochs=900), epoch * 63, 63) for epoch in (3, 699, 700, 800)}
-    assert rates == pytest.approx({3: 0.05, 699: 0.05, 700: 0.005, 800: 0.0005})
+@pytest.mark.parametrize(
+    ("epochs", "milestones"), [(10, (7, 8, 9)), (1000, (700, 800, 900)), (100, (70, 80, 90))]
+)
+def test_milestones_are_shares_of_the_epochs(epochs, milestones):
+    config = PretrainConfig(epochs=epochs).resolved(224)
+    assert config.milestones == milestones
+    before = [rate_at(config, milestone * 63 - 1, 63) for milestone in milestones]
+    after = [rate_at(config, milestone * 63, 63) for milestone in milestones]
+    assert before == pytest.approx([0.05, 0.005, 0.0005])
+    assert after == pytest.approx([0.005, 0.0005, 0.00005])
+
+
+def test_a_resumed_run_keeps_its_milestones_when_it_gets_more_epochs(shards, tmp_path):
+    run = pretrain(settings(shards, tmp_path / "run", epochs=2, milestones=(0.5,)))
+    longer = resumed_config(run, {"epochs": 4})
+    assert (longer.epochs, longer.milestones) == (4, (1,))
+    pretrain(longer, resume=True)
+    assert [entry["lr"] for entry in logged(run)] == pytest.approx([0.02, 0.002, 0.002, 0.002])
+
+
+@pytest.mark.parametrize(
+    ("method", "what"), [("mulsupcon", "labels modality=CT, anatomy=lung"), ("supervised", "class CT")]
+)
+def test_a_set_with_nothing_to_distinguish_is_refused_before_training(archive, tmp_path, method, what):
+    shutil.copytree(archive / "CT" / "lung", tmp_path / "one" / "CT" / "lung")
+    build(tmp_path / "one", tmp_path / "shards", BuildOptions(size=32, workers=1))
+    with pytest.raises(
+        InputError, match=f"all 12 images of .* have the {what}.*{method} has nothing to distinguish"
+    ):
+        pretrain(settings(tmp_path / "shards", tmp_path / "run", method=method))
+    assert not (tmp_path / "run").exists()
+    pretrain(settings(tmp_path / "shards", tmp_path / "run", method="simclr", epochs=1))
+
+
+def test_a_logger_gets_the_numbers_of_every_epoch_that_the_log_file_gets(shards, tmp_path):
+    class Recorder:
+        def __init__(self):
+            self.seen = []
+
+        def log(self, metrics, step):
+            self.seen.append({"epoch": step, **metrics})
+
+    recorder = Recorder()
+    run = pretrain(settings(shards, tmp_path / "run", epochs=2), loggers=[recorder])
+    assert recorder.seen == logged(run)
 
 
 def test_every_recipe_survives_its_way_through_json():
-    for (method, recipe), config in RECIPES.items():
+    for method, recipe in PRETRAIN:
+        weights = {"imagenet_weights": "w.pth"} if (method, recipe) == ("supervised", "released-code") else {}
+        config = pretrain_config({"method": method, "recipe": recipe, **weights})
         assert (config.method, config.recipe) == (method, recipe)
-        assert from_json(PretrainConfig, json.loads(json.dumps(to_json(config)))) == config
+        assert pretrain_config(json.loads(json.dumps(to_json(config)))) == config
 
 
 def test_without_a_compiler_nothing_is_compiled_and_that_is_said(monkeypatch, caplog):
@@ -389,7 +438,7 @@ def test_a_damaged_encoder_is_made_anew_from_the_checkpoint(finished, shards, tm
     run = shutil.copytree(finished, tmp_path / "run")
     (run / ".checkpoint.pt.4711").write_bytes(b"left by a kill")
     (run / "encoder.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match=r"0 of 3 epochs saved\): --resume continues it"):
+    with pytest.raises(InputError, match=r"0 of 3 epochs saved\): `resume=True` continues it"):
         pretrain(settings(shards, run))
     pretrain(settings(shards, run), resume=True)
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in finished.iterdir())
@@ -407,20 +456,20 @@ def test_a_state_and_settings_of_something_else_are_named(finished, shards, tmp_
     config = json.loads((run / "config.json").read_text())
     for changed, message in [
         ({"epochs": "many"}, "holds no settings"),
-        ({"method": "mocov2"}, "unknown value 'mocov2'"),
-        ({"beta": 1}, "unknown setting beta"),
+        ({"method": "mocov2"}, "`method` must be one of mulsupcon, .*got 'mocov2'"),
+        ({"beta": 1}, "unknown setting `beta`"),
     ]:
         (run / "config.json").write_text(json.dumps({**config, "settings": {**config["settings"], **changed}}))
         with pytest.raises(InputError, match=message):
             resumed_config(run, {})
     (run / "config.json").write_text('{"settings": 3, "shards": 4}')
-    with pytest.raises(InputError, match="is of another program"):
+    with pytest.raises(InputError, match="was written by another program"):
         resumed_config(run, {})
 
 
 def test_a_run_below_a_file_is_refused_before_any_image_is_read(shards, tmp_path):
     (tmp_path / "notes").touch()
-    with pytest.raises(InputError, match="notes is no folder; name another one with --out"):
+    with pytest.raises(InputError, match="notes is no folder; choose another folder with `out`"):
         pretrain(settings(shards, tmp_path / "notes" / "run"), progress=pytest.fail)
 
 
@@ -428,8 +477,8 @@ def test_a_whole_network_of_torchvision_is_an_encoder_without_its_classifier(tmp
     network = torchvision.models.resnet18()
     safetensors.torch.save_file(network.state_dict(), tmp_path / "whole.safetensors")
     encoder = load_encoder(tmp_path / "whole.safetensors")
-    assert torch.equal(encoder.conv1.weight, network.conv1.weight.sum(1, keepdim=True))
-    assert torch.equal(encoder.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
+    assert torch.equal(encoder.network.conv1.weight, network.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(encoder.network.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
 
 
 def test_a_damaged_checkpoint_and_foreign_weights_are_named(finished, tmp_path):
@@ -439,7 +488,7 @@ def test_a_damaged_checkpoint_and_foreign_weights_are_named(finished, tmp_path):
         (run / name).write_bytes((finished / name).read_bytes())
     (run / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="is no readable checkpoint"):
-        load(run)
+        load_checkpoint(run)
     assert finished_epochs(run) == 3
     safetensors.torch.save_file({"conv1.weight": torch.zeros(64, 1, 5, 5)}, run / "encoder.safetensors")
     with pytest.raises(InputError, match="holds no ResNet-18 with a 3x3 or 7x7 stem"):

@@ -172,4 +172,6 @@ def _shown_names(app: typer.Typer) -> Mapping[str, str]:
             # The command in use comes last and wins; of the others, options win over arguments.
             if option or name == used or parameter.name not in names:
                 names[parameter.name.replace("__", ".")] = option or parameter.name.upper()
-    return names
+    # A nested dataclass names its own fields only: `scale` for `augmentation.scale`.
+    nested = {name.partition(".")[2]: option for name, option in names.items() if "." in name}
+    return nested | names

@@ -147,7 +147,7 @@ class Results:
         scores: Sequence[NDArray[np.float32]],
         losses: Sequence[NDArray[np.float32]],
     ) -> None:
-        """Add the test images of `fold_runs` to predictions.csv and the validation losses of their epochs to curves.csv.
+        """Append the test images of `fold_runs` to predictions.csv, and their validation losses to curves.csv.
 
         A number is its shortest exact float32 decimal.
         """

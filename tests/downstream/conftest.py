@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from modan_fast import models
+from modan_fast.encoders import Encoder
 
 
 @pytest.fixture
@@ -60,11 +60,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(seed)
         run = tmp_path / name
         run.mkdir(parents=True, exist_ok=True)
-        encoder = models.encoder("7x7", channels)
+        encoder = Encoder("7x7", channels)
         with torch.no_grad():
             for _ in range(20):
-                encoder(torch.rand(16, 1, 1, 1) * torch.rand(16, channels, 32, 32))
-        save_file(encoder.state_dict(), run / "encoder.safetensors")
+                encoder.network(torch.rand(16, 1, 1, 1) * torch.rand(16, channels, 32, 32))
+        save_file(encoder.weights, run / "encoder.safetensors")
         return run
 
     return make

@@ -21,6 +21,7 @@ from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.results import Experiment
 from modan_fast.downstream.statistics import auc_table
 from modan_fast.downstream.tasks import FoldRun, read_task
+from modan_fast.recipes import EVALUATE, evaluate_config
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -30,7 +31,7 @@ MakeRun = Callable[..., Path]
 def settings(task: Path, **values: object) -> EvaluateConfig:
     small = {"repeats": 1, "epochs": 1, "batch_size": 16, "image_size": 32, "stem": "7x7", "device": "cpu"}
     default = {"task": task, "init": ("scratch",), "out": task.parent / "results"}
-    return EvaluateConfig(**{**default, **small, **values})  # type: ignore[arg-type]
+    return evaluate_config({**default, **small, **values})
 
 
 def content(config: EvaluateConfig) -> bytes:
@@ -171,18 +172,18 @@ def test_released_code_fine_tunes_a_simclr_encoder_with_a_two_way_head(
     make_task: MakeTask, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = {}
-    build = finetune.trainee
+    build = finetune.task_network
 
     def spy(*arguments: object, headless: bool, **named: object) -> finetune.TaskNetwork:
         network = build(*arguments, headless=headless, **named)  # type: ignore[arg-type]
         built[headless] = network.network[1]
         return network
 
-    monkeypatch.setattr(finetune, "trainee", spy)
+    monkeypatch.setattr(finetune, "task_network", spy)
     simclr, other = make_run("a"), make_run("b", seed=2)
     (simclr / "config.json").write_text(json.dumps({"settings": {"method": "simclr"}}))
     config = settings(make_task(count=23), init=(str(simclr), str(other)), recipe="released-code")
-    evaluate(replace(config, protocol=("finetune",)))
+    evaluate(replace(config, protocol=("finetune",), **EVALUATE["released-code"]))
     assert isinstance(built[False], torch.nn.Linear)
     assert built[False].out_features == 2
     assert isinstance(built[True], torch.nn.Identity)
@@ -264,11 +265,11 @@ def test_a_file_cut_anywhere_is_repaired_to_the_same_bytes(make_task: MakeTask) 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"image_size": 64}, "was made with --image-size 32, not 64: give --image-size 32, or another"),
-        ({"epochs": 2}, "--epochs 1, not 2"),
-        ({"seed": 1}, "--seed 0, not 1"),
-        ({"stem": "3x3"}, "--stem 7x7, not 3x3"),
-        ({"precision": "bf16"}, "--precision float32, not bf16"),
+        ({"image_size": 64}, "was made with `image_size=32`, not 64: pass `image_size=32`, or choose another"),
+        ({"epochs": 2}, "`epochs=1`, not 2"),
+        ({"seed": 1}, "`seed=0`, not 1"),
+        ({"stem": "3x3"}, "`stem=7x7`, not 3x3"),
+        ({"precision": "bf16"}, "`precision=float32`, not bf16"),
     ],
 )
 def test_other_settings_are_refused(made: EvaluateConfig, changed: dict[str, object], message: str) -> None:
@@ -352,7 +353,7 @@ def test_imagenet_is_judged_under_both_recipes_and_lost_filters_are_known(
     )
     evaluate(one)
     assert "does not fit" not in caplog.text
-    evaluate(replace(one, recipe="released-code"))
+    evaluate(replace(one, recipe="released-code", **EVALUATE["released-code"]))
     assert {row.recipe for row in auc_table(one.out)} == {"paper", "released-code"}
     evaluate(replace(one, stem="3x3", out=tmp_path / "other"))
     assert "its first convolution is 7x7 and does not fit a 3x3 stem, so that one is random" in caplog.text
@@ -374,7 +375,7 @@ def test_a_folder_of_other_things_and_a_needless_positive_are_refused(
     with pytest.raises(InputError, match="mine exists and is no results folder"):
         evaluate(replace(made, out=tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
-    with pytest.raises(InputError, match="--positive is for class folders"):
+    with pytest.raises(InputError, match="`positive` is for class folders"):
         evaluate(replace(made, positive="yes"))
 
 
@@ -387,7 +388,7 @@ def test_predictions_without_runs_are_refused(made: EvaluateConfig) -> None:
 def test_both_recipes_share_a_results_folder(make_task: MakeTask) -> None:
     config = settings(make_task(), protocol=("probe",))
     evaluate(config)
-    evaluate(replace(config, recipe="released-code", protocol=("finetune", "probe")))
+    evaluate(replace(config, recipe="released-code", protocol=("finetune", "probe"), **EVALUATE["released-code"]))
     rows = auc_table(config.out)
     assert [(row.recipe, row.protocol, row.repeats) for row in rows] == [
         ("paper", "probe", 1),

@@ -14,7 +14,7 @@ from modan_fast.downstream.probe import initial_head, train_heads
 from modan_fast.downstream.tasks import FoldRun, Task, read_task
 
 CONFIG = EvaluateConfig(init=("scratch",), epochs=12, batch_size=8, probe_lr=0.003, seed=5).resolved()
-CELLS = [FoldRun(repeat, fold) for repeat in (1, 2) for fold in (1, 2, 3, 4, 5)]
+FOLD_RUNS = [FoldRun(repeat, fold) for repeat in (1, 2) for fold in (1, 2, 3, 4, 5)]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def train_alone(features: Tensor, task: Task, fold_run: FoldRun) -> tuple[Tensor
     """The scores of one head trained as the paper says, by torch's own parts, and its validation losses."""
     fold, labels, inputs = task.folds[fold_run.fold - 1], torch.from_numpy(task.labels), features.double()
     head = nn.Linear(512, 2).double()
-    start = initial_head(fold_run, CONFIG.seed)
+    start = initial_head(fold_run, CONFIG.seed, 512)
     head.load_state_dict({"weight": start[:, :512], "bias": start[:, 512]})
     assert CONFIG.probe_lr is not None
     optimizer = torch.optim.Adam(head.parameters(), lr=CONFIG.probe_lr)
@@ -56,9 +56,9 @@ def test_heads_trained_together_equal_heads_trained_one_by_one(task: Task) -> No
     steps = {-(-len(fold.train) // CONFIG.batch_size) for fold in task.folds}
     assert len(steps) > 1, "the folds must differ in their number of steps"
     features = weak_features(task)
-    alone, losses = zip(*(train_alone(features, task, fold_run) for fold_run in CELLS), strict=True)
+    alone, losses = zip(*(train_alone(features, task, fold_run) for fold_run in FOLD_RUNS), strict=True)
     assert len({each.index(min(each)) for each in losses}) > 2, "selection by validation loss must matter"
-    together, losses_together = train_heads(features, task, CELLS, CONFIG)
+    together, losses_together = train_heads(features, task, FOLD_RUNS, CONFIG)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together.double(), torch.stack(alone), atol=1e-6, rtol=0)
     torch.testing.assert_close(losses_together, torch.tensor(losses), atol=1e-6, rtol=0)
@@ -66,12 +66,12 @@ def test_heads_trained_together_equal_heads_trained_one_by_one(task: Task) -> No
 
 def test_a_heads_scores_do_not_depend_on_the_heads_beside_it(task: Task) -> None:
     features = weak_features(task)
-    together, _ = train_heads(features, task, CELLS, CONFIG)
-    for row, fold_run in enumerate(CELLS):
+    together, _ = train_heads(features, task, FOLD_RUNS, CONFIG)
+    for row, fold_run in enumerate(FOLD_RUNS):
         assert torch.equal(train_heads(features, task, [fold_run], CONFIG)[0][0], together[row])
-    assert torch.equal(train_heads(features, task, CELLS[7:2:-1], CONFIG)[0], together[3:8].flip(0))
+    assert torch.equal(train_heads(features, task, FOLD_RUNS[7:2:-1], CONFIG)[0], together[3:8].flip(0))
 
 
 def test_cells_differ_in_their_start_and_order(task: Task) -> None:
-    scores, _ = train_heads(weak_features(task), task, CELLS, CONFIG)
-    assert len({tuple(row.tolist()) for row in scores}) == len(CELLS)
+    scores, _ = train_heads(weak_features(task), task, FOLD_RUNS, CONFIG)
+    assert len({tuple(row.tolist()) for row in scores}) == len(FOLD_RUNS)

@@ -8,11 +8,11 @@ import pytest
 from scipy import stats
 
 from modan_fast.downstream.statistics import (
-    FoldRun,
     Comparison,
+    Experiment,
+    FoldRun,
     Outcome,
     Predictions,
-    Experiment,
     auc_table,
     by_fold,
     comparisons,
@@ -124,7 +124,9 @@ def predictions_of(aucs: dict[str, list[float]], protocol: str = "probe") -> Pre
 
     return {
         Experiment("nodule", init, "paper", protocol): {
-            FoldRun(repeat, fold): outcome(value) for repeat, value in enumerate(values, start=1) for fold in (1, 2)
+            FoldRun(repeat, fold): outcome(value)
+            for repeat, value in enumerate(values, start=1)
+            for fold in (1, 2)
         }
         for init, values in aucs.items()
     }

@@ -185,7 +185,7 @@ def test_busi_as_it_is_shipped_is_a_task_and_its_masks_are_no_images(tmp_path: P
     assert [image.partition("/")[0] for image in positive] == ["malignant"] * 6
     other = read_task(tmp_path / "busi", positive="normal")
     assert other.labels.sum() == 6
-    with pytest.raises(InputError, match="--positive odd is no class folder"):
+    with pytest.raises(InputError, match="`positive=odd` is no class folder"):
         read_task(tmp_path / "busi", positive="odd")
 
 
@@ -200,10 +200,10 @@ def test_class_folders_that_cannot_be_divided_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="patients/a has 3 patients"):
         read_task(patients, group=r"([ab]\d+)_")
     with pytest.raises(
-        InputError, match=r"--group x\(1\) is no column, and finds nothing in a/deep/a00_000\.png"
+        InputError, match=r"`group=x\(1\)` is no column, and finds nothing in a/deep/a00_000\.png"
     ):
         read_task(patients, group="x(1)")
-    with pytest.raises(InputError, match="--positive d is no class folder of .*: name a or b"):
+    with pytest.raises(InputError, match="`positive=d` is no class folder of .*: name a or b"):
         read_task(patients, positive="d")
     with pytest.raises(InputError, match="no task at"):
         read_task(tmp_path / "nowhere")

@@ -56,7 +56,7 @@ def test_the_umap_shows_the_pretraining_images_of_each_init_that_is_left(
     assert "Penultimate features of 20 pretraining images" in text
     assert "Without a panel: mulsupcon: gone/encoder.safetensors is gone or has changed" in text
     assert min(Image.open(results / "figures" / "umap.png").size) > 300
-    assert "name one with --shards" in write_report(results, ReportConfig(samples=20)).read_text()
+    assert "name one with `shards`" in write_report(results, ReportConfig(samples=20)).read_text()
     assert not (results / "figures" / "umap.png").exists(), "a figure that the page does not show"
     with pytest.raises(InputError, match="nowhere"):
         write_report(results, ReportConfig(shards=tmp_path / "nowhere"))
@@ -73,7 +73,7 @@ def test_names_cannot_break_the_page(results: Path) -> None:
 
 
 def test_a_wrong_reference_and_empty_results_are_named(results: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--reference nobody is none of the inits judged: mulsupcon, scratch"):
+    with pytest.raises(InputError, match="`reference=nobody` is none of the inits judged: mulsupcon, scratch"):
         write_report(results, replace(PLAIN, reference="nobody"))
     with pytest.raises(InputError, match="no predictions at"):
         write_report(tmp_path / "nowhere", PLAIN)
@@ -105,7 +105,7 @@ def test_a_page_of_another_making_is_not_replaced_and_few_images_make_no_umap(
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "report.html").write_text("<p>mine</p>")
-    with pytest.raises(InputError, match=r"report\.html is of another making: name another folder with --out"):
+    with pytest.raises(InputError, match=r"report\.html is of another making: choose another folder with `out`"):
         write_report(results, replace(PLAIN, out=tmp_path / "site"))
     assert (tmp_path / "site" / "report.html").read_text() == "<p>mine</p>"
     text = write_report(results, ReportConfig(shards=shards, samples=3, device="cpu")).read_text()
