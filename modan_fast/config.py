@@ -64,9 +64,7 @@ class Augmentation:
         for name in ("scale", "ratio", "sigma"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise InputError(
-                    f"`{name}` must be two numbers, the smaller one first, got {bounds}"
-                )
+                raise InputError(f"`{name}` must be two numbers, the smaller one first, got {bounds}")
 
 
 @dataclass(frozen=True)
@@ -376,7 +374,8 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise InputError(f"{where}: no YAML or JSON ({getattr(error, 'problem', error)})") from error
+        reason = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{where}: no YAML or JSON ({reason})") from error
     if root is None:
         return {}
     root = next((value for key, value in _mapping(root, path) if key.value == "settings"), root)
@@ -389,7 +388,8 @@ def _collect(node: yaml.Node, kind: type, prefix: str, path: Path, given: dict[s
     """Add the settings below `node` to `given`."""
     kinds = typing.get_type_hints(kind)
     for key_node, value in _mapping(node, path):
-        where, key = f"{path}, line {key_node.start_mark.line + 1}", str(key_node.value)
+        where = f"{path}, line {key_node.start_mark.line + 1}"
+        key = "".join(each if each.isprintable() else "?" for each in str(key_node.value))
         outer, _, inner = key.partition(".")
         name = prefix + key
         if is_dataclass(kinds.get(outer)):

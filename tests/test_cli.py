@@ -221,6 +221,31 @@ def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_gives_settings_and_options_win(run, refused, shards, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "batch_size: 12\naugmentation:\n  scale: [0.5, 1]\nepochs: 3\nmilestones: [0.5]\n"
+    )
+    small = ("--image-size", 32, "--stem", "7x7", "--threads", 1, "--device", "cpu", "--epochs", 2)
+    here = ("pretrain", "--shards", shards, "--out", tmp_path / "run", *small, "--augmentation.flip", 1)
+    assert run(*here, "--config", tmp_path / "run.yaml")[0] == 0
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert (written["epochs"], written["batch_size"], written["milestones"]) == (2, 12, [1])
+    assert (written["augmentation"]["scale"], written["augmentation"]["flip"]) == ([0.5, 1], 1.0)
+    # The run's own record gives the same run, which is finished.
+    code, printed, _ = run("pretrain", "--config", tmp_path / "run" / "config.json")
+    assert (code, printed.strip()) == (0, f"{tmp_path / 'run' / 'encoder.safetensors'}: epoch 2")
+    (tmp_path / "run.yaml").write_text("batch_size: 12\nbach_size: 8\n")
+    said = refused("pretrain", "--config", tmp_path / "run.yaml")
+    assert f"{tmp_path / 'run.yaml'}, line 2: unknown setting `bach_size`: did you mean --batch-size?" in said
+
+
+def test_lists_of_numbers_have_commas_between(run, refused, shards, tmp_path):
+    here = ("pretrain", "--shards", shards, "--out", tmp_path / "run", *SMALL, "--keep")
+    assert "--keep must be numbers with commas between, got 'x'" in refused(*here, "x")
+    assert run(*here, "1", "--milestones", "")[0] == 0
+    assert (tmp_path / "run" / "encoder-0001.safetensors").exists()
+
+
 def test_a_profile_is_a_table_of_stages_and_a_sentence(run, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, said, _ = run("pretrain", "--shards", shards, *SMALL, "--profile")

@@ -16,7 +16,10 @@ def similarity(a: list[int], b: list[int]) -> float:
 
 
 def formula(embeddings, labels, temperature, weight_of):
-    """-1/|P(a)| sum_p w_ap log(exp(z_a.z_p/T) / sum_k exp(z_a.z_k/T)), averaged over anchors, as loops."""
+    """-1/|P(a)| sum_p w_ap log(exp(z_a.z_p/T) / sum_k exp(z_a.z_k/T)), averaged over anchors, as loops.
+
+    `weight_of` gives the weight of a pair of label rows, None for a negative pair.
+    """
     images, views = len(labels), len(embeddings)
     z = embeddings / embeddings.norm(dim=1, keepdim=True)
     rows = labels.tolist()
@@ -27,21 +30,24 @@ def formula(embeddings, labels, temperature, weight_of):
         weights = {
             p: 1.0 if p % images == a % images else weight_of(rows[a % images], rows[p % images]) for p in others
         }
-        positives = [p for p in others if weights[p] > 0]
+        positives = [p for p in others if p % images == a % images or weights[p] is not None]
+        weights = {p: weight or 0.0 for p, weight in weights.items()}
         terms = [weights[p] * torch.log(torch.exp(z[a] @ z[p] / temperature) / denominator) for p in positives]
         total = total - sum(terms) / len(positives)
     return total / views
 
 
 def above(threshold):
-    return lambda a, b: similarity(a, b) if similarity(a, b) >= threshold else 0.0
+    return lambda a, b: similarity(a, b) if similarity(a, b) >= threshold else None
 
 
 LOSSES = {
     "mulsupcon": (MulSupConLoss(0.07, 0.3), 0.07, above(0.3)),
     "mulsupcon with another threshold": (MulSupConLoss(0.2, 0.5), 0.2, above(0.5)),
-    "supcon": (SupConLoss(0.07), 0.07, lambda a, b: float(a == b)),
-    "ntxent": (NTXentLoss(0.1), 0.1, lambda a, b: 0.0),
+    "mulsupcon with all pairs positive": (MulSupConLoss(0.07, 0), 0.07, above(0)),
+    "mulsupcon with equal labels positive": (MulSupConLoss(0.07, 1), 0.07, above(1)),
+    "supcon": (SupConLoss(0.07), 0.07, lambda a, b: 1.0 if a == b else None),
+    "ntxent": (NTXentLoss(0.1), 0.1, lambda a, b: None),
 }
 
 
@@ -126,3 +132,16 @@ def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong(name):
     value = LOSSES[name][0](embeddings.requires_grad_(), labels)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(value, embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan])
+@pytest.mark.parametrize("loss", [MulSupConLoss, SupConLoss, NTXentLoss])
+def test_a_temperature_that_is_not_above_zero_is_refused(loss, temperature):
+    with pytest.raises(ValueError, match="`temperature` must be above 0"):
+        loss(temperature)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+def test_a_threshold_outside_zero_to_one_is_refused(threshold):
+    with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\]"):
+        MulSupConLoss(threshold=threshold)
