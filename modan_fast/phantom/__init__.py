@@ -1,18 +1,16 @@
 """A synthetic archive in the shape of RadImageNet, and a small downstream task, for trials without patients' data.
 
-CT, MR and ultrasound pictures of nine anatomies, drawn from tissues (`anatomy`) by a simple physics of each
-modality (`physics`). They teach nothing about disease; they let everything be run, tested and timed.
+CT, MR and ultrasound images of nine anatomies: maps of tissues (`anatomy`), rendered by a simple physics of each
+modality (`physics`). They teach nothing about disease; they are for running, testing and timing everything else.
 """
 
 from __future__ import annotations
 
 import csv
 import multiprocessing
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,29 +19,44 @@ from PIL import Image
 
 from modan_fast.phantom.folders import FOLDERS, PREFIXES, images_in
 from modan_fast.phantom.picture import generator, picture
-from shard_builder.settings import InputError, Progress, no_progress, usable_cores
+from shard_builder.atomic import new_folder
+from shard_builder.settings import InputError, Progress, check_settings, no_progress, option, usable_cores
 
 FOLDS = 5
-CHUNK = 25  # images that a worker makes at a time
+CHUNK = 25  # images that a worker renders in one job
 Chunk = tuple[str, int, int]  # class folder, first image, one past the last
 
 
-def phantom_plan(per_class: int = 100, classes: Sequence[str] | None = None) -> dict[str, int]:
-    """Images of each class folder: RadImageNet's 165, or those named in `classes` (`CT/lung/Nodule`, `US/liver`).
+@dataclass(frozen=True)
+class _Settings:
+    """The bounds of the functions' settings; making one checks them."""
 
-    With 100 per class they are 16,222, because ten classes have fewer (`folders.SMALL`); other numbers scale.
+    per_class: int = option(100, "Images per class.", least=1)
+    images: int = option(200, "Images of a task.", least=4 * FOLDS, why="each split of a fold needs both classes")
+    size: int = option(224, "Side of an image in pixels.", least=32)
+    seed: int = option(0, "Seed of the images.", least=0)
+    workers: int | None = option(None, "Processes; all cores by default.", least=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def phantom_plan(per_class: int = 100, classes: Sequence[str] | None = None) -> dict[str, int]:
+    """The number of images in each class folder: RadImageNet's 165, or `classes` such as `CT/lung/Nodule`, `US/liver`.
+
+    `per_class=100` gives 16,222 images in all, because ten classes have fewer than 100 (`folders.SMALL`). Other values
+    scale these in proportion.
     """
-    if per_class < 1:
-        raise InputError(f"per_class must be at least 1, got {per_class}")
-    wanted = FOLDERS.keys() if classes is None else dict.fromkeys(classes)
-    unknown = [folder for folder in wanted if folder not in FOLDERS]
+    _Settings(per_class=per_class)
+    chosen = FOLDERS.keys() if classes is None else dict.fromkeys(classes)
+    unknown = [folder for folder in chosen if folder not in FOLDERS]
     if unknown:
         raise InputError(
-            f"{unknown[0]} is no class folder of RadImageNet: name one like CT/lung/Nodule or US/liver"
+            f"`classes`: {unknown[0]} is no class folder of RadImageNet: name one such as CT/lung/Nodule or US/liver"
         )
-    if not wanted:
-        raise InputError("no classes are named: leave classes out to get all 165")
-    return {folder: images_in(folder, per_class) for folder in sorted(wanted)}
+    if not chosen:
+        raise InputError("`classes` is empty: leave it out to get all 165")
+    return {folder: images_in(folder, per_class) for folder in sorted(chosen)}
 
 
 def phantom_archive(
@@ -56,23 +69,22 @@ def phantom_archive(
     classes: Sequence[str] | None = None,
     progress: Progress = no_progress,
 ) -> int:
-    """Write `out/MODALITY/anatomy/class/*.png` (ultrasound without an anatomy level); the number of images.
+    """Write `out/MODALITY/anatomy/class/*.png` (ultrasound without an anatomy level); return the number of images.
 
-    8-bit grey, `size` x `size` pixels. An image is a pure function of (`seed`, folder, number), so the bytes
-    do not depend on `workers` (as default all cores), `per_class` or `classes`. `out` must be new or empty, and
-    appears only when it is complete.
+    The images are 8-bit grey, `size` x `size` pixels. Each is a pure function of (`seed`, folder, number): the bytes do
+    not depend on `workers` (all cores by default), `per_class` or `classes`. `out` must be missing or an empty folder,
+    and appears only when it is complete. Raises `InputError` for bad settings and an `out` that is in use.
     """
+    _Settings(per_class=per_class, size=size, seed=seed, workers=workers)
     plan = phantom_plan(per_class, classes)
-    _check(size, seed)
-    if workers is not None and workers < 1:
-        raise InputError(f"workers must be at least 1, got {workers}")
+    out = _unused(out)
     chunks = [
         (folder, first, min(first + CHUNK, images))
         for folder, images in plan.items()
         for first in range(0, images, CHUNK)
     ]
     total, done = sum(plan.values()), 0
-    with _appearing(out) as root:
+    with new_folder(out) as root:
         for folder in plan:
             (root / folder).mkdir(parents=True)
         for written in _write_all(root, chunks, size, seed, workers or usable_cores()):
@@ -84,29 +96,28 @@ def phantom_archive(
 def phantom_task(
     out: Path, *, images: int = 200, size: int = 224, seed: int = 0, progress: Progress = no_progress
 ) -> None:
-    """Write a task in RadImageNet's form: breast ultrasound, with a lesion (`malignant`) or without (`benign`).
+    """Write a task in RadImageNet's form: breast ultrasound with a lesion (`malignant`) or without (`benign`).
 
-    `out/images/*.png`, half of them with a lesion, and `out/dataframe/phantom_{train,val,test}_fold{1..5}.csv`
-    with the columns `filename,label`. Folds are stratified; their tests are disjoint and cover all images, and
-    a tenth of a fold's other images is for validation. Lesions are faint, lie anywhere in the gland, and lobules
-    of fat in all images look a little like them. `out` must be new or empty, and appears only when it is complete.
+    It consists of `out/images/*.png`, half of them with a lesion, and of
+    `out/dataframe/phantom_{train,val,test}_fold{1..5}.csv` with the columns `filename,label`. Folds are stratified.
+    Their test splits are disjoint and cover all images; a tenth of a fold's other images is for validation. Lesions are
+    faint and lie anywhere in the gland; all images have lobules of fat that look a little like them. `out` must be
+    missing or an empty folder, and appears only when it is complete. Raises `InputError` for bad settings and an `out`
+    that is in use.
     """
-    if images < 4 * FOLDS:
-        raise InputError(
-            f"images must be at least {4 * FOLDS}, so that each part of a fold has both classes, got {images}"
-        )
-    _check(size, seed)
+    _Settings(images=images, size=size, seed=seed)
+    out = _unused(out)
     random = generator(seed, "task")
     labels = random.permutation(images) % 2
-    with _appearing(out) as root:
+    with new_folder(out) as root:
         (root / "images").mkdir()
         (root / "dataframe").mkdir()
         for index, label in enumerate(labels):
             pixels = picture(seed, "US", "breast", "tumor", index, size, lesion=bool(label))
             Image.fromarray(pixels).save(root / _task_image(index), compress_level=1)
             progress("task", index + 1, images, "")
-        for fold, parts in enumerate(stratified_folds(labels, random), start=1):
-            for split, rows in parts.items():
+        for fold, splits in enumerate(stratified_folds(labels, random), start=1):
+            for split, rows in splits.items():
                 path = root / "dataframe" / f"phantom_{split}_fold{fold}.csv"
                 with open(path, "w", newline="", encoding="utf-8") as file:
                     writer = csv.writer(file, lineterminator="\n")
@@ -117,18 +128,22 @@ def phantom_task(
 def stratified_folds(
     labels: NDArray[np.int64], random: np.random.Generator
 ) -> list[dict[str, NDArray[np.int64]]]:
-    """Rows of `train`, `val` and `test` of five folds, ascending; each part has the classes' shares of the whole."""
-    groups = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    """Row numbers of `train`, `val` and `test` in each of five folds, ascending; `labels` is (N,).
+
+    Each split has the classes in the same proportion as `labels`.
+    """
+    rows_by_class = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     folds = []
     for fold in range(FOLDS):
-        parts: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
-        for group in groups:
-            tested = np.arange(len(group)) % FOLDS == fold
-            rest = np.roll(group[~tested], -fold)
-            validated = max(1, round(len(rest) / 10))
-            for split, rows in (("test", group[tested]), ("val", rest[:validated]), ("train", rest[validated:])):
-                parts[split].append(rows)
-        folds.append({split: np.sort(np.concatenate(rows)) for split, rows in parts.items()})
+        splits: dict[str, list[NDArray[np.int64]]] = {"train": [], "val": [], "test": []}
+        for rows in rows_by_class:
+            in_test = np.arange(len(rows)) % FOLDS == fold
+            others = np.roll(rows[~in_test], -fold)
+            validation = max(1, round(len(others) / 10))
+            splits["test"].append(rows[in_test])
+            splits["val"].append(others[:validation])
+            splits["train"].append(others[validation:])
+        folds.append({split: np.sort(np.concatenate(chosen)) for split, chosen in splits.items()})
     return folds
 
 
@@ -136,19 +151,20 @@ def _task_image(index: int) -> str:
     return f"images/phantom{index:05d}.png"
 
 
-def _check(size: int, seed: int) -> None:
-    if size < 32:
-        raise InputError(f"size must be at least 32 pixels, got {size}")
-    if seed < 0:
-        raise InputError(f"seed must not be negative, got {seed}")
+def _unused(out: Path) -> Path:
+    """The absolute path of `out`. Raises `InputError` unless it is missing or an empty folder."""
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an empty folder: choose another folder with `out`")
+    return out
 
 
 def _write_all(root: Path, chunks: list[Chunk], size: int, seed: int, workers: int) -> Iterator[int]:
-    """Write all chunks, in processes where it pays; the images of each as it is done."""
+    """Write all chunks, in processes if there are enough images; yield the number of images in each finished chunk."""
     if workers == 1 or sum(last - first for _, first, last in chunks) < 4 * CHUNK:
         yield from (_write(root, chunk, size, seed) for chunk in chunks)
         return
-    context = multiprocessing.get_context("spawn")  # fork is unsafe beside threads
+    context = multiprocessing.get_context("spawn")  # fork is unsafe in a process with threads
     with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=context) as pool:
         try:
             futures = [pool.submit(_write, root, chunk, size, seed) for chunk in chunks]
@@ -165,25 +181,6 @@ def _write(root: Path, chunk: Chunk, size: int, seed: int) -> int:
     prefix = PREFIXES.get((modality, anatomy), anatomy)
     for index in range(first, last):
         pixels = picture(seed, modality, anatomy, name, index, size)
-        # Noise hardly compresses: level 1 takes a third of the default's time.
+        # Noise hardly compresses, and level 1 takes a third of the default's time.
         Image.fromarray(pixels).save(root / folder / f"{prefix}{index:06d}.png", compress_level=1)
     return last - first
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end; on an error, or a break, nothing is left."""
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an empty folder: name a new one, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.part{os.getpid()}")
-    beside.mkdir()
-    try:
-        yield beside
-        if out.exists():
-            out.rmdir()  # empty, and in the way of the rename on some systems
-        os.replace(beside, out)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
