@@ -1,4 +1,4 @@
-"""The synthetic archive: its shape, its reproducibility, its physics, and the task that comes with it."""
+"""The synthetic archive: its shape, its reproducibility and its physics; and the synthetic task."""
 
 import csv
 import os
@@ -14,10 +14,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modan_fast.phantom import phantom_archive, phantom_plan, phantom_task, physics
-from modan_fast.phantom.anatomy import drawn
+from modan_fast.phantom.anatomy import make_scene
 from modan_fast.phantom.folders import CLASSES, FOLDERS, SMALL
 from modan_fast.phantom.physics import Probe, Tissue
-from modan_fast.phantom.picture import generator, mark, picture
+from modan_fast.phantom.picture import add_lesion, generator, picture
 from shard_builder.settings import InputError
 
 MIXED = ["CT/lung/Nodule", "MR/knee/acl_pathology", "US/liver", "US/thyroid_nodule"]
@@ -82,7 +82,7 @@ def test_another_seed_makes_other_images(tmp_path):
 
 
 @pytest.mark.parametrize("folder", sorted(FOLDERS))
-def test_every_class_can_be_drawn(folder):
+def test_every_class_can_be_rendered(folder):
     image = picture(0, *FOLDERS[folder], index=0, size=64)
     assert image.shape == (64, 64)
     assert image.dtype == np.uint8
@@ -91,11 +91,11 @@ def test_every_class_can_be_drawn(folder):
 
 def test_a_lesion_changes_a_small_part_of_a_scene():
     for modality, anatomy, name in FOLDERS.values():
-        scene = drawn(64, generator(3, name), modality, anatomy, name)
-        if not scene.places:  # ultrasound of the belly, whose classes are organs
+        scene = make_scene(64, generator(3, name), modality, anatomy, name)
+        if not scene.sites:  # ultrasound of the belly, whose classes are organs
             continue
         before = scene.labels()
-        mark(scene, anatomy, name)
+        add_lesion(scene, anatomy, name)
         assert 0 < (before != scene.labels()).mean() < 0.08, (modality, anatomy, name)
 
 
@@ -111,7 +111,7 @@ def ct_noise(radius, photons):
     """Mean and variance of the CT numbers in the middle of a disc of water of `radius` cm."""
     rows, columns = np.mgrid[:96, :96] - 47.5
     labels = np.where(np.hypot(rows, columns) * 0.36 < radius, Tissue.FLUID, Tissue.AIR).astype(np.uint8)
-    tissues = physics.table()
+    tissues = physics.property_table()
     tissues[Tissue.FLUID, 0], tissues[:, 7] = 0, 0
     image = physics.ct_numbers(labels, tissues, generator(0, "noise"), photons, pixel_cm=0.36)
     return image[44:52, 44:52].mean(), image[34:62, 34:62].var()
@@ -137,14 +137,14 @@ def test_ct_noise_grows_with_the_attenuation_of_the_body_as_beers_law_says():
 
 def test_ct_shows_water_at_0_and_air_at_minus_1000_hounsfield_units():
     assert ct_noise(10, 1e6)[0] == pytest.approx(0, abs=5)
-    scene = physics.ct_numbers(np.zeros((64, 64), np.uint8), physics.table(), generator(0), 1e6, 0.2)
+    scene = physics.ct_numbers(np.zeros((64, 64), np.uint8), physics.property_table(), generator(0), 1e6, 0.2)
     assert scene.mean() == pytest.approx(-1000, abs=1)
     assert physics.windowed(np.float32([-200, 0, 200]), 0, 400).tolist() == [0, 128, 255]
 
 
 def test_mr_noise_in_air_follows_a_rayleigh_distribution():
-    labels = drawn(96, generator(1), "MR", "brain", "normal").labels()
-    signal = physics.mr_signal(labels, physics.table(), "T2")
+    labels = make_scene(96, generator(1), "MR", "brain", "normal").labels()
+    signal = physics.mr_signal(labels, physics.property_table(), "T2")
     air = physics.rician(signal, 0.03, generator(2))[labels == Tissue.AIR]
     assert air.size > 1000
     assert stats.kstest(air, stats.rayleigh(scale=0.03).cdf).pvalue > 0.01
@@ -158,10 +158,10 @@ def test_mr_signal_follows_a_rice_distribution():
 
 def test_mr_weightings_show_fluid_dark_in_t1_and_bright_in_t2_and_fat_saturation_removes_fat():
     labels = np.array([[Tissue.FLUID, Tissue.WHITE, Tissue.GREY, Tissue.FAT]], np.uint8)
-    t1, t2 = (physics.mr_signal(labels, physics.table(), weighting)[0] for weighting in ("T1", "T2"))
+    t1, t2 = (physics.mr_signal(labels, physics.property_table(), weighting)[0] for weighting in ("T1", "T2"))
     assert t1[0] < t1[2] < t1[1] < t1[3]
     assert t2[1] < t2[2] < t2[0]
-    assert physics.mr_signal(labels, physics.table(), "T2", fat_saturation=True)[0, 3] < 0.2 * t2[3]
+    assert physics.mr_signal(labels, physics.property_table(), "T2", fat_saturation=True)[0, 3] < 0.2 * t2[3]
 
 
 def test_us_speckle_of_an_even_region_has_the_signal_to_noise_ratio_of_a_rayleigh_envelope():
@@ -179,30 +179,30 @@ def test_us_speckle_is_correlated_more_laterally_than_axially():
     assert lateral > 2 * axial
 
 
-def scan(tissue):
-    """A scan of even organ with a piece of `tissue` in its middle, by a linear probe."""
+def envelope_of(tissue):
+    """The envelope of an even organ with a piece of `tissue` in its middle, under a linear probe."""
     labels = np.full((128, 128), Tissue.ORGAN, np.uint8)
     labels[50:64, 44:84] = tissue
-    return physics.us_envelope(labels, physics.table(), Probe(0.0, 0.0, 2.0, 8.0, 5.0), generator(6))
+    return physics.us_envelope(labels, physics.property_table(), Probe(0.0, 0.0, 2.0, 8.0, 5.0), generator(6))
 
 
 def test_us_is_dark_behind_bone_and_bright_behind_fluid():
-    beside = scan(Tissue.ORGAN)[80:, 34:46].mean()
-    assert scan(Tissue.CORTEX)[80:, 34:46].mean() < 0.05 * beside
-    assert scan(Tissue.FLUID)[80:, 34:46].mean() > 1.1 * beside
+    beside = envelope_of(Tissue.ORGAN)[80:, 34:46].mean()
+    assert envelope_of(Tissue.CORTEX)[80:, 34:46].mean() < 0.05 * beside
+    assert envelope_of(Tissue.FLUID)[80:, 34:46].mean() > 1.1 * beside
 
 
-def test_us_grows_darker_with_depth_where_tissue_takes_more_than_the_gain_gives_back():
+def test_us_grows_darker_with_depth_in_tissue_that_attenuates_more_than_the_gain_compensates():
     labels = np.full((128, 128), Tissue.MUSCLE, np.uint8)
-    envelope = physics.us_envelope(labels, physics.table(), Probe(0.0, 0.0, 2.0, 8.0, 5.0), generator(7))
+    envelope = physics.us_envelope(labels, physics.property_table(), Probe(0.0, 0.0, 2.0, 8.0, 5.0), generator(7))
     assert envelope[100:].mean() < 0.6 * envelope[10:38].mean()
 
 
-def physical(image):
-    """Three statistics that say little about anatomy.
+def noise_statistics(image):
+    """Three statistics that depend little on anatomy.
 
-    How much more the noise of even regions is correlated laterally than axially, how unequal the local spread of
-    values is, and the noise of dark regions.
+    In even regions, the lateral minus the axial correlation of the noise; the log ratio of the quartiles of the local
+    standard deviation; the noise of dark regions.
     """
     values = image.astype(np.float32)
     mean = ndimage.uniform_filter(values, 7)
@@ -217,21 +217,21 @@ def physical(image):
     return [(lateral - axial) / (noise[even] ** 2).mean(), np.log(high / low), np.log1p(background)]
 
 
-def test_the_modality_of_an_unseen_anatomy_is_told_by_three_statistics():
+def test_three_statistics_predict_the_modality_of_an_unseen_anatomy():
     rows = [
-        (physical(picture(0, modality, anatomy, names.split()[index % 2], index, 128)), modality, anatomy)
+        (noise_statistics(picture(0, modality, anatomy, names.split()[index % 2], index, 128)), modality, anatomy)
         for (modality, anatomy), names in CLASSES.items()
         for index in range(16)
     ]
     features, modalities, anatomies = (np.array(column) for column in zip(*rows, strict=True))
-    right = []
+    accuracies = []
     for anatomy in np.unique(anatomies):
         held_out = anatomies == anatomy
         model = make_pipeline(StandardScaler(), LogisticRegression())
         model.fit(features[~held_out], modalities[~held_out])
-        right.append(model.score(features[held_out], modalities[held_out]))
-    assert np.mean(right) > 0.9
-    assert min(right) > 0.75
+        accuracies.append(model.score(features[held_out], modalities[held_out]))
+    assert np.mean(accuracies) > 0.9
+    assert min(accuracies) > 0.75
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +254,12 @@ def test_the_folds_of_a_task_are_disjoint_and_their_tests_cover_every_image_once
     assert len(everything) == 200
     assert Counter(name for fold in range(1, 6) for name, _ in folds["test", fold]) == Counter(everything)
     for fold in range(1, 6):
-        parts = [name for split in ("train", "val", "test") for name, _ in folds[split, fold]]
-        assert sorted(parts) == sorted(everything)
+        names = [name for split in ("train", "val", "test") for name, _ in folds[split, fold]]
+        assert sorted(names) == sorted(everything)
         assert [len(folds[split, fold]) for split in ("train", "val", "test")] == [144, 16, 40]
 
 
-def test_each_part_of_a_fold_is_stratified_and_the_validation_parts_differ(task):
+def test_each_split_of_a_fold_is_stratified_and_the_validation_splits_differ(task):
     _, folds = task
     for rows in folds.values():
         counts = Counter(label for _, label in rows)
@@ -277,14 +277,14 @@ def test_the_task_is_not_solved_by_a_linear_model_on_pixels(task):
         pixels = np.stack([np.asarray(image, float).ravel() for image in images])
         return pixels, [label == "malignant" for _, label in folds[split, fold]]
 
-    areas = []
+    aucs = []
     for fold in range(1, 6):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000)).fit(
             *load("train", fold)
         )
         pixels, labels = load("test", fold)
-        areas.append(roc_auc_score(labels, model.decision_function(pixels)))
-    assert 0.5 < np.mean(areas) <= 0.8
+        aucs.append(roc_auc_score(labels, model.decision_function(pixels)))
+    assert 0.5 < np.mean(aucs) <= 0.8
 
 
 @pytest.mark.parametrize("make", [phantom_archive, phantom_task])
@@ -294,22 +294,32 @@ def test_an_existing_output_is_refused_and_left_alone(make, tmp_path):
     (full / "mine.txt").write_text("keep")
     plain.write_text("keep")
     for out in (full, plain):
-        with pytest.raises(InputError, match="not an empty folder") as error:
+        with pytest.raises(InputError) as error:
             make(out)
-        assert "\n" not in str(error.value)
+        assert str(error.value) == f"{out} exists and is not an empty folder: choose another folder with `out`"
     assert (full / "mine.txt").read_text() == plain.read_text() == "keep"
     assert sorted(os.listdir(tmp_path)) == ["file", "full"]
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_filled(tmp_path):
     out = tmp_path / "empty"
     out.mkdir()
     assert phantom_archive(out, per_class=1, size=32, classes=["US/liver"]) == 1
     assert [path.name for path in out.rglob("*.png")] == ["usabd000000.png"]
 
 
+def test_the_output_appears_only_when_it_is_complete(tmp_path):
+    out = tmp_path / "out"
+    seen = []
+    phantom_archive(
+        out, per_class=1, size=32, classes=MIXED, progress=lambda *call: seen.append((call[1], out.exists()))
+    )
+    assert seen == [(1, False), (2, False), (3, False), (4, False)]
+    assert len(list(out.rglob("*.png"))) == 4
+
+
 @pytest.mark.parametrize("make", [phantom_archive, phantom_task])
-def test_a_run_that_breaks_leaves_nothing(make, tmp_path):
+def test_an_interrupted_run_leaves_nothing(make, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -322,12 +332,12 @@ def test_a_run_that_breaks_leaves_nothing(make, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": ["CT/lung/nodule"]}, "CT/lung/nodule is no class folder"),
-        ({"classes": []}, "no classes are named"),
-        ({"per_class": 0}, "per_class must be at least 1"),
-        ({"size": 8}, "size must be at least 32"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"classes": ["CT/lung/nodule"]}, "`classes`: CT/lung/nodule is no class folder"),
+        ({"classes": []}, "`classes` is empty"),
+        ({"per_class": 0}, "`per_class` must be at least 1"),
+        ({"size": 8}, "`size` must be at least 32"),
+        ({"seed": -1}, "`seed` must be at least 0"),
+        ({"workers": 0}, "`workers` must be at least 1"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(options, message, tmp_path):
@@ -337,5 +347,5 @@ def test_wrong_settings_are_refused_before_anything_is_written(options, message,
 
 
 def test_a_task_of_too_few_images_is_refused(tmp_path):
-    with pytest.raises(InputError, match="images must be at least 20"):
+    with pytest.raises(InputError, match="`images` must be at least 20"):
         phantom_task(tmp_path / "out", images=19)
