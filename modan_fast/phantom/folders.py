@@ -1,4 +1,4 @@
-"""RadImageNet's 165 class folders, named as they are shipped, and how many images of each the archive gets."""
+"""RadImageNet's 165 class folders, under their original names, and the number of images that each gets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ CLASSES = {
 """The classes of each of the 11 (modality, anatomy) pairs, separated by spaces; the odd spellings are RadImageNet's."""
 
 PREFIXES = {("MR", "abd"): "mriabd", ("US", "abd"): "usabd", ("US", "thyroid"): "usthyroid"}
-"""File names begin with the anatomy, except for these pairs."""
+"""Prefixes of the file names of these pairs. All other file names begin with the anatomy."""
 
 SMALL = {
     "MR/abd/arterial_pathology": 80,
@@ -71,15 +71,15 @@ SMALL = {
     "MR/shoulder/ca++_tendinosis": 72,
     "MR/shoulder/infraspinatus_pathology": 84,
 }
-"""Classes that hold fewer than 100 images, in images.
+"""The number of images in each class that has fewer than 100.
 
-The published counts of these classes were taken on a part of RadImageNet and are lower bounds. Raised by 4.75 %
-each, they make the total of 165 classes, of at most 100 images each, the 16,222 images that miniRIN has.
+The published counts of these classes cover only a part of RadImageNet, so they are lower bounds. Each is raised by
+4.75 % here. With at most 100 images per class, the 165 classes then total 16,222 images, as miniRIN does.
 """
 
 
 def folder_of(modality: str, anatomy: str, name: str) -> str:
-    """Where a class lies: `CT/lung/Nodule`, but `US/liver`, because ultrasound is shipped without an anatomy level."""
+    """The folder of a class: `CT/lung/Nodule`, but `US/liver`, because ultrasound has no anatomy level."""
     return f"US/{name}" if modality == "US" else f"{modality}/{anatomy}/{name}"
 
 
@@ -88,9 +88,9 @@ FOLDERS = {
     for (modality, anatomy), names in CLASSES.items()
     for name in names.split()
 }
-"""Folder of each of the 165 classes, to its (modality, anatomy, class)."""
+"""Maps each of the 165 class folders to its (modality, anatomy, class)."""
 
 
 def images_in(folder: str, per_class: int) -> int:
-    """Images of a class: `per_class`, or for a `SMALL` one the same share of it, rounded, and at least one."""
+    """The number of images in a class: `per_class`, scaled down and rounded for a `SMALL` class; at least one."""
     return max(1, round(per_class * SMALL.get(folder, 100) / 100))

@@ -1,4 +1,4 @@
-"""One picture: the tissues of an anatomy, the mark of a class, and the physics of a modality."""
+"""One image: the tissues of an anatomy, the lesion of a class, and the physics of a modality."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import zlib
 import numpy as np
 
 from modan_fast.phantom import physics
-from modan_fast.phantom.anatomy import Scene, drawn
+from modan_fast.phantom.anatomy import Scene, make_scene
 from modan_fast.phantom.physics import Bytes, Floats, Probe, Property, Tissue
 
-MATTER = {
+MATERIALS = {
     "fat": Tissue.FAT,
     "cyst": Tissue.FLUID,
     "fluid": Tissue.FLUID,
@@ -28,33 +28,34 @@ MATTER = {
     "destruction": Tissue.AIR,
     "Bronchiectasis": Tissue.AIR,
 }
-"""What a class whose name holds the word is made of; any other lesion is the tissue around it, changed."""
+"""The tissue of a lesion whose class name contains the word.
 
-PLAIN = {
-    "normal",
-    "thyroid",
-}  # classes without a lesion; nor has ultrasound of the belly, whose classes are organs
+Any other lesion is a diseased form of the tissue around it.
+"""
+
+HEALTHY = {"normal", "thyroid"}
+"""Classes without a lesion. Abdominal ultrasound has none either: its classes are organs."""
 
 
-def generator(seed: int, *what: str | int) -> np.random.Generator:
-    """The generator of `what`, a pure function of its arguments."""
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in what]
+def generator(seed: int, *key: str | int) -> np.random.Generator:
+    """A random generator whose state is a pure function of `seed` and `key`."""
+    words = [zlib.crc32(word.encode()) if isinstance(word, str) else word for word in key]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *words])))
 
 
 def picture(
     seed: int, modality: str, anatomy: str, name: str, index: int, size: int, lesion: bool | None = None
 ) -> Bytes:
-    """Image number `index` of a class, (size, size) grey values: a pure function of the arguments.
+    """Render image number `index` of the class `name`: grey values (size, size), a pure function of the arguments.
 
-    `lesion` overrules whether one is drawn; as default all classes have one, except `normal`, `thyroid`
-    and the organs of abdominal ultrasound.
+    `lesion` forces or prevents a lesion. By default all classes have one, except `normal`, `thyroid` and the organs of
+    abdominal ultrasound.
     """
     random = generator(seed, modality, anatomy, name, index)
-    scene = drawn(size, random, modality, anatomy, name)
+    scene = make_scene(size, random, modality, anatomy, name)
     if lesion is None:
-        lesion = name not in PLAIN and (modality, anatomy) != ("US", "abd")
-    tissues = mark(scene, anatomy, name) if lesion else physics.table()
+        lesion = name not in HEALTHY and (modality, anatomy) != ("US", "abd")
+    tissues = add_lesion(scene, anatomy, name) if lesion else physics.property_table()
     labels = scene.labels()
     if modality == "CT":
         return ct(labels, tissues, random, anatomy)
@@ -63,50 +64,51 @@ def picture(
     return us(labels, tissues, random, linear=anatomy != "abd")
 
 
-def mark(scene: Scene, anatomy: str, name: str) -> Floats:
-    """Draw the class's lesion into a scene; the properties of all tissues, the lesion's included.
+def add_lesion(scene: Scene, anatomy: str, name: str) -> Floats:
+    """Add the lesion of the class `name` to a scene; return the properties of all tissues, including the lesion.
 
-    Where it sits, how large it is, its texture and its contrast follow from the names of anatomy and class
-    alone; size and position then vary a little from image to image.
+    The lesion's site, mean size, pattern, texture and contrast depend on the names of anatomy and class alone. Its size
+    and position vary a little from image to image.
     """
-    habit = generator(0, anatomy, name)  # the same for all images of the class, whatever the seed
-    named = [place for place in scene.places if place in name]
-    place = named[0] if named else sorted(scene.places)[habit.integers(len(scene.places))]
-    x, y, reach = scene.places[place]
-    radius = scene.vary(max(0.05, reach * habit.uniform(0.4, 0.75)), 0.15)
-    kind = ("solid", "solid", "ring", "spots", "streaks")[habit.integers(5)]
-    sideways = scene.random.normal(0, 0.15 * reach, 2)
-    where = (x + sideways[0], y + sideways[1], reach)
+    class_random = generator(0, anatomy, name)  # the same for all images of the class and all seeds
+    in_name = [site for site in scene.sites if site in name]
+    site = in_name[0] if in_name else sorted(scene.sites)[class_random.integers(len(scene.sites))]
+    x, y, reach = scene.sites[site]
+    radius = scene.vary(max(0.05, reach * class_random.uniform(0.4, 0.75)), 0.15)
+    pattern = ("solid", "solid", "ring", "spots", "streaks")[class_random.integers(5)]
+    shift = scene.random.normal(0, 0.15 * reach, 2)
+    x, y = x + shift[0], y + shift[1]
 
-    column, row = scene.pixels(np.array([where[0]]), np.array([where[1]]))
+    column, row = scene.pixels(np.array([x]), np.array([y]))
     limit = scene.size - 1
-    around = Tissue(scene.labels()[min(limit, max(0, int(row))), min(limit, max(0, int(column)))])
-    scene.lesion(where, radius, kind)
-    matter = next((tissue for word, tissue in MATTER.items() if word in name), None)
-    if matter is not None:
-        own = physics.PROPERTIES[matter]
-        return physics.table(own, own)
-    if around in {Tissue.AIR, Tissue.LUNG}:
-        around = Tissue.ORGAN
-    return physics.table(*(changed(physics.PROPERTIES[around], habit) for _ in range(2)))
+    surroundings = Tissue(scene.labels()[min(limit, max(0, int(row))), min(limit, max(0, int(column)))])
+    scene.lesion((x, y, reach), radius, pattern)
+    material = next((tissue for word, tissue in MATERIALS.items() if word in name), None)
+    if material is not None:
+        properties = physics.PROPERTIES[material]
+        return physics.property_table(properties, properties)
+    if surroundings in {Tissue.AIR, Tissue.LUNG}:
+        surroundings = Tissue.ORGAN
+    healthy = physics.PROPERTIES[surroundings]
+    return physics.property_table(diseased(healthy, class_random), diseased(healthy, class_random))
 
 
-def changed(tissue: Property, habit: np.random.Generator) -> Property:
-    """A diseased tissue: as the given one, with longer relaxation, another density, and a weaker echo."""
-    sign = habit.choice([-1, 1])
+def diseased(tissue: Property, random: np.random.Generator) -> Property:
+    """A diseased form of a tissue: longer relaxation times, another CT number and a weaker echo."""
+    sign = random.choice([-1, 1])
     return tissue._replace(
-        hu=min(tissue.hu, 200) + sign * habit.uniform(25, 70),
-        t1=tissue.t1 * habit.uniform(1.2, 2.0),
-        t2=max(tissue.t2, 25) * habit.uniform(1.4, 2.6),
+        hu=min(tissue.hu, 200) + sign * random.uniform(25, 70),
+        t1=tissue.t1 * random.uniform(1.2, 2.0),
+        t2=max(tissue.t2, 25) * random.uniform(1.4, 2.6),
         density=max(tissue.density, 0.6),
-        echo=tissue.echo * habit.uniform(0.2, 0.5),
-        loss=tissue.loss * habit.uniform(1.0, 2.2),
-        texture=habit.uniform(0.05, 0.2),
+        echo=tissue.echo * random.uniform(0.2, 0.5),
+        loss=tissue.loss * random.uniform(1.0, 2.2),
+        texture=random.uniform(0.05, 0.2),
     )
 
 
 def ct(labels: Bytes, tissues: Floats, random: np.random.Generator, anatomy: str) -> Bytes:
-    """A CT image: with a dose drawn per image, in the window of the anatomy."""
+    """A CT image in the window of the anatomy; the dose and the pixel size are sampled per image."""
     photons = float(np.exp(random.uniform(np.log(1.5e5), np.log(1.2e6))))
     pixel_cm = physics.PIXEL_CM[anatomy] * 224 / len(labels) * random.uniform(0.92, 1.05)
     level, width = physics.WINDOWS[anatomy]
@@ -114,22 +116,25 @@ def ct(labels: Bytes, tissues: Floats, random: np.random.Generator, anatomy: str
 
 
 def mr(labels: Bytes, tissues: Floats, random: np.random.Generator, fat_saturation: bool) -> Bytes:
-    """An MR image: weighting, coil, noise and brightness drawn per image; joints often with fat saturation."""
+    """An MR image; weighting, coil, noise and brightness are sampled per image.
+
+    With `fat_saturation`, 70 % of the T2 and PD images have it.
+    """
     weighting = ("T1", "T2", "PD")[random.integers(3)]
     saturated = fat_saturation and weighting != "T1" and random.random() < 0.7
     signal = physics.mr_signal(labels, tissues, weighting, saturated) * physics.texture(labels, tissues, random)
     signal = physics.blur(signal, 0.6) * physics.bias_field(random, len(labels), random.uniform(0.1, 0.25))
-    top = float(np.partition(signal.ravel(), -signal.size // 50)[-signal.size // 50])
-    noisy = physics.rician(signal, top * random.uniform(0.015, 0.05), random)
-    return physics.quantised(noisy / np.float32(top * random.uniform(1.05, 1.4)))
+    bright = float(np.partition(signal.ravel(), -signal.size // 50)[-signal.size // 50])  # 98th percentile
+    noisy = physics.rician(signal, bright * random.uniform(0.015, 0.05), random)
+    return physics.quantised(noisy / np.float32(bright * random.uniform(1.05, 1.4)))
 
 
 def us(labels: Bytes, tissues: Floats, random: np.random.Generator, linear: bool) -> Bytes:
-    """An ultrasound image: a linear probe or a curved one, with gain and geometry drawn per image."""
+    """An ultrasound image of a linear or a curved probe; gain and geometry are sampled per image."""
     if linear:
         probe = Probe(0.0, 0.0, random.uniform(1.75, 2.0), frequency=8.0, side_cm=5.0)
     else:
         probe = Probe(random.uniform(0.5, 0.66), random.uniform(0.35, 0.7), random.uniform(1.75, 1.9))
     envelope = physics.us_envelope(labels, tissues, probe, random)
-    bright = np.clip(physics.compressed(envelope, random.uniform(0, 8)), 0, 1)
-    return physics.quantised(probe.picture(bright, len(labels)))
+    brightness = np.clip(physics.compressed(envelope, random.uniform(0, 8)), 0, 1)
+    return physics.quantised(probe.scan_converted(brightness, len(labels)))
