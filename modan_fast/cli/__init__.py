@@ -248,7 +248,7 @@ def report(
 
     with stopped("the same command starts again"), show_progress() as progress:
         page = write_report(results, changed(ReportConfig(), given), progress)
-    print(f"{page}: tables and figures lie beside it in {page.parent / 'tables'} and {page.parent / 'figures'}")
+    print(f"{page}: its tables and figures are in {page.parent / 'tables'} and {page.parent / 'figures'}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The evaluation: every fold_run of the grid (init, protocol, repeat, fold) is trained once and written at once."""
+"""The evaluation: trains what is missing of the grid (init, protocol, repeat, fold), and writes each result at once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PRECISIONS = {dtype: name for name, dtype in TYPES.items()}
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[tuple[Experiment, FoldRun]]:
-    """Train what is missing of the grid that `config` spans; the fold_runs trained, in their order.
+    """Train what is missing of the grid in `config`; return the fold runs that were trained, in order.
 
     A killed evaluation is continued by the same call, a finished one returns an empty list at once. Raises
     `InputError`, before anything is trained, for bad input and for a results folder made with other settings,
@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
         _list_leaks(task, config)
         pixels = torch.from_numpy(decode(task, config.image_size, progress)).to(device)
         trainer = Trainer(task, pixels, config, compute_type, results, progress)
-        # A fold_run gives the same scores each time, so that it does not matter where an evaluation was interrupted.
+        # Deterministic, so that an interrupted evaluation gives the same scores as an uninterrupted one.
         deterministic = torch.backends.cudnn.deterministic
         torch.backends.cudnn.deterministic = True
         try:
@@ -98,7 +98,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
 
 
 class Trainer:
-    """What the fold_runs of an evaluation share: the task's pixels on the device, and the networks that they reset."""
+    """Trains the fold runs of an evaluation, with the task's pixels on the device and networks that are reset."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Trainer:
         self.networks: dict[tuple[Any, ...], finetune.TaskNetwork] = {}
 
     def train(self, experiment: Experiment, fold_runs: Sequence[FoldRun], init: Init) -> None:
-        """Train `fold_runs` of a experiment, and write each as soon as it is done."""
+        """Train fold runs of an experiment, and write each as soon as it is done."""
         task, config = self.task, self.config
         protocol: Protocol = "probe" if experiment.protocol == "probe" else "finetune"
         done, note, since = 0, "", time.perf_counter()
@@ -139,7 +139,7 @@ class Trainer:
         advance(0)
         if protocol == "probe" and config.probe_batch_norm == "frozen":
             encoder = Encoder(init.stem).to(self.pixels.device).to(memory_format=torch.channels_last)
-            # Features of a given encoder serve all fold_runs, those of a fresh one only the fold_run it was drawn for.
+            # Features of a trained encoder serve all fold runs, those of a random one only its own fold run.
             for block in [[fold_run] for fold_run in fold_runs] if init.given is None else [fold_runs]:
                 encoder.load_weights(init.weights(block[0], config.seed))
                 features = probe.extract(encoder, self.pixels, self.compute_type)
@@ -177,11 +177,11 @@ def timed_device(device: torch.device) -> str:
 
 
 def _list_leaks(task: Task, config: EvaluateConfig) -> None:
-    """Warn of folds whose test images are given away by train images, and list them beside the results."""
+    """Warn of test images that share a patient or identical bytes with a training image, and list them in a file."""
     found = leaks(task)
     path = config.out / f"{task.name}-leakage.csv"
     if path.exists() and not task.patients:
-        # Who was told of patients before would miss them now that nothing names them.
+        # Leaks by patient were found when `group` named the patients; keep them.
         found += [leak for leak in read_leaks(path) if leak.shared == "patient"]
     if not found:
         path.unlink(missing_ok=True)
@@ -190,7 +190,7 @@ def _list_leaks(task: Task, config: EvaluateConfig) -> None:
     csv.writer(rows, lineterminator="\n").writerows([Leak._fields, *sorted(found)])
     write_text(path, rows.getvalue())
     log.warning(
-        "%s: test images that an image of their train fold gives away: %s (%s); an AUC may be too high",
+        "%s: test images that share a patient or identical bytes with a training image: %s (%s); AUCs may be too high",
         task.name,
         leak_counts(found),
         path,

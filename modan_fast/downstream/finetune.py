@@ -1,4 +1,4 @@
-"""Training of a network image by image: fine-tuning, and the probe whose batch-norm statistics move.
+"""Training of encoder and head on images: fine-tuning, and the probe whose batch-norm statistics move.
 
 N images, B of them a batch, C logits.
 """
@@ -31,8 +31,8 @@ def task_network(
 ) -> TaskNetwork:
     """Encoder and head on `device`, channels-last; only what the protocol trains has gradients.
 
-    The head is a two-way linear layer. `headless` has none, and takes the 512 features as 512-way logits of which
-    classes 0 and 1 occur, as the released code does.
+    The head is a two-way linear layer. With `headless` the features are the logits, and only the first two are classes,
+    as in the released code.
     """
     encoder = Encoder(stem).requires_grad_(protocol == "finetune")
     network = nn.Sequential(encoder, nn.Identity() if headless else nn.Linear(encoder.num_features, 2))
@@ -50,12 +50,12 @@ def train(
     compute_type: torch.dtype,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> tuple[Tensor, Tensor]:
-    """Train on a fold_run's fold; scores of its test images, and the validation losses of its epochs, both float32 on
-    the CPU.
+    """Train on the fold of a fold run. Returns its test images' scores and the validation loss of each epoch, both
+    float32 on the CPU.
 
-    A score is the softmax probability of class 1. The encoder starts from `encoder_state`, a linear head from
-    the fold_run's seed. `pixels` (N, 1, H, W) uint8 lie on the network's device. The weights of the epoch that
-    `model_selection` chooses are judged. `advance` is called with 1 after each epoch.
+    A score is the softmax probability of class 1. The encoder starts from `encoder_state`, a linear head from the fold
+    run's seed. `pixels` (N, 1, H, W) uint8 are on the network's device. The weights of the epoch that `model_selection`
+    chooses are judged. `advance` is called with 1 after each epoch.
     """
     network = trained.network
     encoder, head = network
@@ -83,7 +83,7 @@ def train(
         network.train()
         shuffled = train_rows[torch.randperm(len(train_rows), generator=order)].to(device)
         for rows in batches(shuffled, config.batch_size):
-            # What is compiled has one shape; the rest of an epoch is not worth another.
+            # Only full batches are compiled: one shape, one graph.
             forward = trained.forward if len(rows) == config.batch_size else network
             loss = functional.cross_entropy(apply(forward, pixels[rows], compute_type), labels[rows])
             optimizer.zero_grad()

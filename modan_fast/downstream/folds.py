@@ -1,4 +1,4 @@
-"""Where the classes and folds of a task come from: published fold files, or class folders divided once."""
+"""Where a task's classes and folds come from: published fold files, or class folders that are divided once."""
 
 from __future__ import annotations
 
@@ -61,16 +61,17 @@ def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, 
 
 
 def class_folders(folder: Path, group: str | None, positive: str | None) -> Listing:
-    """The images in a folder of two class folders, of which a known name or else the order decides which is positive.
+    """The images in a folder of class folders.
 
-    Or of more, whose names are all known: benign, normal and malignant, as BUSI is shipped. Its masks are no images.
+    Of two class folders the one with a known positive name is positive, else the second one. More than two must have
+    known names, as BUSI's benign, normal and malignant. BUSI's masks are left out.
     """
     if not folder.is_dir():
         raise InputError(f"no task at {folder}: name a folder with `task`")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     known = [LABELS.get(name.lower()) for name in names]
-    told = positive is not None or (None not in known and len(set(known)) == 2)  # which of many are positive
-    if len(names) < 2 or (len(names) > 2 and not told):
+    decided = positive is not None or (None not in known and len(set(known)) == 2)  # which of many are positive
+    if len(names) < 2 or (len(names) > 2 and not decided):
         found = (
             f"{len(names)} folders ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})" if names else "none"
         )

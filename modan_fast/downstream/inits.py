@@ -1,4 +1,4 @@
-"""The encoders that an evaluation judges: a run's, a file's, torchvision's for ImageNet, or fresh ones."""
+"""The encoders that an evaluation judges: of a run, of a file, torchvision's for ImageNet, or random ones."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)
 
-TORCHVISION = Path("torchvision")  # whence come ImageNet's weights where no file is named
+TORCHVISION = Path("torchvision")  # recorded as the path if no file of ImageNet's weights was named
 FRESH = ("scratch", "imagenet")  # inits that are no run of ours
 
 
 @dataclass(frozen=True)
 class Init:
-    """An encoder to judge; `given` is None for `scratch`, whose weights are drawn anew for each fold_run."""
+    """An encoder to judge; `given` is None for `scratch`, whose weights are sampled anew for each fold run."""
 
     name: str
     stem: Stem
@@ -43,7 +43,7 @@ class Init:
     method: str | None = None
 
     def weights(self, fold_run: FoldRun, seed: int) -> Mapping[str, Tensor]:
-        """The encoder's state, on the CPU, from which `fold_run` starts."""
+        """The initial weights of the encoder for a fold run, on the CPU."""
         if self.given is not None:
             return self.given
         with torch.random.fork_rng(devices=[]):
@@ -51,7 +51,7 @@ class Init:
             return Encoder(self.stem).weights
 
     def record(self) -> dict[str, Any]:
-        """What runs.json says of it. The stem of `scratch` is one of the recipe's settings there."""
+        """The entry in runs.json. It records the stem of `scratch` among the recipe's settings."""
         if self.path is None:
             return {"kind": "scratch"}
         record = {
@@ -120,7 +120,7 @@ def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> 
 
 
 def _method(path: Path) -> str | None:
-    """How the encoder in a file was pretrained, by its run's config.json or else the file's own metadata."""
+    """The pretraining method of an encoder's file, from its run's config.json or else the file's metadata."""
     run = path.parent / "config.json"
     if run.is_file():
         settings = read_json(run).get("settings")
@@ -129,5 +129,5 @@ def _method(path: Path) -> str | None:
 
 
 def _short_name(path: Path) -> str:
-    """`mulsupcon` for mulsupcon/encoder.safetensors, `mulsupcon/encoder-0200` for another file beside it."""
+    """`mulsupcon` for mulsupcon/encoder.safetensors, `mulsupcon/encoder-0200` for another file in the folder."""
     return path.parent.name if path.stem == "encoder" else f"{path.parent.name}/{path.stem}"

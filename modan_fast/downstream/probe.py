@@ -27,7 +27,7 @@ def lr_at(epoch: int, *, peak: float) -> float:
 
 
 def initial_head(fold_run: FoldRun, seed: int, num_features: int) -> Tensor:
-    """Weights and, in the last column, biases (C, G) of a fold_run's linear head, drawn as nn.Linear draws them."""
+    """Weights and, in the last column, biases (C, G) of a linear head, with the distribution of nn.Linear."""
     bound = num_features**-0.5
     generator = fold_run.generator(seed, "head")
     return torch.empty(2, num_features + 1).uniform_(-bound, bound, generator=generator)
@@ -64,12 +64,12 @@ def train_heads(
     config: EvaluateConfig,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> tuple[Tensor, Tensor]:
-    """Train one linear head a fold_run; the scores (R, N) float32 that they give all images, and the validation
+    """Train one linear head per fold run; the scores (R, N) float32 that they give all images, and the validation
     losses (R, epochs) float32, both on the CPU.
 
-    A score is the probability of the positive class. Each head is what torch.optim.Adam makes of it alone:
-    cross-entropy, its own order and initial weights, the weights of the lowest validation loss. They are
-    trained in float64, so that a score rounds to the same float32 whichever heads train beside it. `advance` is
+    A score is the probability of the positive class. Each head equals one trained alone with
+    torch.optim.Adam: cross-entropy, its own order and initial weights, the weights of the lowest validation loss.
+    Training is in float64, so that a score rounds to the same float32 whatever other heads are trained. `advance` is
     called after each epoch with the number of epochs done, one a head.
     """
     inputs_NG = functional.pad(features_NF.double(), (0, 1), value=1.0)

@@ -1,5 +1,5 @@
-"""The results folder: predictions.csv and curves.csv, to which finished fold_runs are appended, and runs.json, which
-says what made them. Inits, tasks, protocols, recipes and repeats can be added later; other settings are refused.
+"""The results folder: predictions.csv and curves.csv, to which finished fold runs are appended, and runs.json, which
+records what made them. Inits, tasks, protocols, recipes and repeats can be added later; other settings are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 class Experiment(NamedTuple):
-    """What is compared: the fold_runs that differ in repeat and fold only. The first columns of predictions.csv."""
+    """All repeats and folds of one task, init, recipe and protocol. The first columns of predictions.csv."""
 
     task: str
     init: str
@@ -124,7 +124,7 @@ class Results:
         write_json(self.folder / "runs.json", self.runs)
 
     def finished(self) -> set[tuple[Experiment, FoldRun]]:
-        """The fold_runs in predictions.csv. What a kill leaves, half a line or half a fold_run, is cut off."""
+        """The finished fold runs in predictions.csv. Half a line or half a fold run, left by a kill, is cut off."""
         keys, lines = _lines(self.predictions, COLUMNS)
         wanted = {}
         for number, key in enumerate(keys, start=2):
@@ -157,7 +157,7 @@ class Results:
             curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(fold_losses, start=1)]
             for row, score in zip(task.folds[fold_run.fold - 1].test, fold_scores, strict=True):
                 predictions.append((*key, task.images[row], task.labels[row], str(score)))
-        # The predictions come last, because a fold_run that has them counts as finished.
+        # The predictions come last, because a fold run with predictions counts as finished.
         _append(self.curves, CURVE_COLUMNS, curves)
         _append(self.predictions, COLUMNS, predictions)
 
@@ -170,7 +170,7 @@ class Results:
         seconds: float,
         device: str,
     ) -> None:
-        """Add the wall-clock of `fold_runs`, all their work included, to the line of their experiment and device."""
+        """Add the wall-clock of `fold_runs`, all their work included, to the line of the experiment and device."""
         times = self.runs["times"]
         key = {**experiment._asdict(), "device": device}
         line = next((line for line in times if key.items() <= line.items()), None)
@@ -185,14 +185,14 @@ class Results:
 
 
 def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Experiment, FoldRun]], list[bytes]]:
-    """The fold_run of each line of a CSV file, and its lines with the head; an unfinished last line is left out.
+    """The fold run of each line of a CSV file, and the lines with the head; an unfinished last line is left out.
 
-    Raises `InputError` for a line that names no fold_run, and where the columns are not `columns`.
+    Raises `InputError` for a line that names no fold run, and where the columns are not `columns`.
     """
     content = path.read_bytes() if path.exists() else b""
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     if lines and lines[0] != _line(columns):
-        raise InputError(f"{path} is of another making: choose another folder with `out`")
+        raise InputError(f"{path} was written by another program: choose another folder with `out`")
     keys = []
     for number, row in enumerate(csv.reader(line.decode(errors="replace") for line in lines[1:]), start=2):
         try:
@@ -208,7 +208,7 @@ def _keep(
     lines: Sequence[bytes],
     whole: set[tuple[Experiment, FoldRun]],
 ) -> None:
-    """Cut a CSV file down to its head and the lines of `whole` fold_runs."""
+    """Cut a CSV file down to its head and the lines of the `whole` fold runs."""
     kept = b"".join([*lines[:1], *(line for key, line in zip(keys, lines[1:], strict=True) if key in whole)])
     if path.exists() and kept != path.read_bytes():
         with replacing(path) as file:

@@ -1,7 +1,7 @@
-"""What predictions.csv says of the inits: AUCs with confidence intervals, and tests of one init against the others.
+"""AUCs with confidence intervals from predictions.csv, and tests of one init against the others.
 
-Repeats on identical folds differ in initial weights and batch order only, so what varies over them is the noise of
-training. How a result would change with other patients they do not tell; the folds do, as far as five can.
+Repeats on identical folds differ in initial weights and batch order only, so they show the noise of
+training. Only the folds show how a result varies with the patients, as far as five folds can.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESAMPLES = 9999
 
 
 class Outcome(NamedTuple):
-    """The test images of a fold_run: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
+    """The test images of a fold run: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
 
     labels: NDArray[np.int64]
     scores: NDArray[np.float64]
@@ -179,7 +179,7 @@ def by_fold(
 
 
 def fold_auc(outcome: Outcome) -> float | None:
-    """The AUC of a fold_run."""
+    """The AUC of a fold run."""
     return auc(outcome.labels, outcome.scores)
 
 
@@ -226,7 +226,7 @@ def comparisons(predictions: Predictions, reference: str) -> list[Comparison]:
         own = experiment._replace(init=reference)
         if own in table and experiment != own:
             both = sorted(table[own].keys() & repeats.keys())
-            # Rounded, so that differences tie where only the last bits of two means tell them apart.
+            # Rounded, so that differences that are equal but for rounding are ties.
             differences_RF = [(table[own][repeat] - repeats[repeat]).round(12) for repeat in both]
             families[own].append(_compare(experiment, reference, differences_RF))
     adjusted = []
@@ -274,16 +274,16 @@ def _compare(experiment: Experiment, reference: str, differences_RF: Sequence[ND
 
 
 def _bootstrap(values_RF: Sequence[NDArray[np.float64]]) -> Interval | None:
-    """Percentile interval of the mean of the folds' means over the repeats, the folds drawn with replacement."""
+    """Percentile interval of the mean of the folds' means over the repeats, the folds resampled with replacement."""
     if not values_RF:
         return None
     folds_F = np.mean(values_RF, axis=0)
     if len(folds_F) < 2 or not np.isfinite(folds_F).all():
         return None
-    drawn = stats.bootstrap(
+    interval = stats.bootstrap(
         (folds_F,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    return float(drawn.low), float(drawn.high)
+    return float(interval.low), float(interval.high)
 
 
 def _repeat_means(repeats: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:

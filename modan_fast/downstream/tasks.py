@@ -35,12 +35,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's fold files or class folders say.
+    """A downstream task, as its fold files or class folders define it.
 
     `images` are the N paths under `folder`, sorted; `labels` (N,) int64 is 1 for the class `positive` and 0 for
     the other; `sources` names the file and line where each image came up first, `digests` its SHA-256,
     `patients` whom it shows (empty where nothing says so); `sha256` covers names, labels, folds and the bytes of
-    all images. `made` tells that the folds are new and in no file yet.
+    all images. `made` is whether the folds are new and in no file yet.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Task:
 class FoldRun:
     """One training of an evaluation's grid: repeat and fold, both counted from 1.
 
-    All that is random in it is drawn from here, so it does not depend on what was trained before it.
+    Its seeds depend on nothing else, so neither does its result on what was trained before it.
     """
 
     repeat: int
@@ -151,7 +151,7 @@ def write_folds(task: Task, folder: Path) -> None:
 
 
 class Leak(NamedTuple):
-    """A test image of a fold that an image it trains on gives away: by the same `bytes`, or the same `patient`."""
+    """A test image that shares identical `bytes` or a `patient` with an image that its fold trains on."""
 
     fold: int
     shared: str
@@ -182,7 +182,7 @@ def read_leaks(path: Path) -> list[Leak]:
 
 
 def leak_counts(found: Iterable[Leak]) -> str:
-    """How many images have leaks, by what is shared; what is not among them is not mentioned, for it may be unknown."""
+    """How many images have leaks, by what is shared; kinds without leaks are left out."""
     images: dict[str, set[str]] = {}
     for leak in found:
         images.setdefault(leak.shared, set()).add(leak.test_image)

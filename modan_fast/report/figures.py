@@ -105,7 +105,7 @@ def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], lab
 
 
 def roc(path: Path, panels: Sequence[Sequence[tuple[str, Sequence[Curve]]]], shown: int) -> None:
-    """Write a grid of ROC panels, each a title and its folds' curves; the first `shown` are drawn thin, and the mean
+    """Write a grid of ROC panels, each a title and its folds' curves; the first `shown` are thin lines, and the mean
     of all, taken at equal false-positive rates, thick.
     """
     columns = max(map(len, panels))

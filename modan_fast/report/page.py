@@ -1,4 +1,4 @@
-"""One HTML page with all tables and figures of a results folder, each of which is also a file of its own."""
+"""The HTML page of a results folder, with all tables and figures, which are also written as files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
     shards = open_shards(config.shards) if config.shards else None
     page = out / "report.html"
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
-        raise InputError(f"{page} is of another making: choose another folder with `out`")
+        raise InputError(f"{page} was written by another program: choose another folder with `out`")
     # Predictions alone make tables and ROC curves.
     runs = Results.open(results).runs if (results / "runs.json").exists() else NO_RUNS
     methods = {init: _method(init, runs) for init in dict.fromkeys(series.init for series in predictions)}
@@ -157,7 +157,8 @@ def _leakage(results: Path) -> str:
         counts = leak_counts(read_leaks(path))
         task = path.name.removesuffix("-leakage.csv")
         notes.append(
-            f"{task}: test images that an image of their train fold gives away: {counts} ({path.name}). "
+            f"{task}: test images that share a patient or identical bytes with a training image: {counts} "
+            f"({path.name}). "
             "Its AUCs may be too high, for all inits alike."
         )
     return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
@@ -167,11 +168,11 @@ def _provenance(runs: Mapping[str, Any]) -> str:
     """Inits, tasks, settings and versions."""
     facts = []
     for name, init in runs["inits"].items():
-        told = [
+        known = [
             f"{key} {value}" for key, value in init.items() if key in ("kind", "method", "stem", "path") and value
         ]
         facts.append(
-            (name, ", ".join([*told, *([f"SHA-256 {init['sha256'][:12]}"] if init.get("sha256") else [])]))
+            (name, ", ".join([*known, *([f"SHA-256 {init['sha256'][:12]}"] if init.get("sha256") else [])]))
         )
     for name, task in runs["tasks"].items():
         positive = f", positive class {task['positive']}" if task.get("positive") else ""

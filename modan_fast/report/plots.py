@@ -35,14 +35,14 @@ def plot_roc(folder: Path, predictions: Predictions) -> str:
         panels: dict[str, list[tuple[str, list[figures.Curve]]]] = {}
         for experiment, fold_runs in sorted(predictions.items(), key=lambda item: item[0].protocol):
             if (experiment.task, experiment.recipe) == (task, recipe):
-                drawn = [
+                curves = [
                     roc_curve(outcome.labels, outcome.scores)[:2]
                     for _, outcome in sorted(fold_runs.items(), key=lambda item: (item[0].repeat, item[0].fold))
                     if len(set(outcome.labels)) == 2 and np.isfinite(outcome.scores).all()
                 ]
-                if drawn:
+                if curves:
                     title = f"{experiment.init}\n{tables.PROTOCOLS[experiment.protocol]}"
-                    panels.setdefault(experiment.protocol, []).append((title, drawn))
+                    panels.setdefault(experiment.protocol, []).append((title, curves))
         if panels:
             path = folder / f"roc-{task}-{recipe}.svg"
             figures.roc(path, list(panels.values()), shown=5)

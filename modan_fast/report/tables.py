@@ -1,4 +1,4 @@
-"""Tables 4 and 5 in the paper's form, and everything behind them line by line."""
+"""Tables 4 and 5 in the paper's form, and the tables of everything behind them."""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ def test_a_page_of_another_making_is_not_replaced_and_few_images_make_no_umap(
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "report.html").write_text("<p>mine</p>")
-    with pytest.raises(InputError, match=r"report\.html is of another making: choose another folder with `out`"):
+    with pytest.raises(
+        InputError, match=r"report\.html was written by another program: choose another folder with `out`"
+    ):
         write_report(results, replace(PLAIN, out=tmp_path / "site"))
     assert (tmp_path / "site" / "report.html").read_text() == "<p>mine</p>"
     text = write_report(results, ReportConfig(shards=shards, samples=3, device="cpu")).read_text()
@@ -116,7 +118,10 @@ def test_leaks_that_the_evaluation_found_are_known(results: Path) -> None:
     (results / "breast-leakage.csv").write_text(
         "fold,shared,test_image,train_image\n1,bytes,a.png,b.png\n2,bytes,a.png,c.png\n1,patient,a.png,d.png\n"
     )
-    assert "gives away: 1 by the same bytes, 1 by the same patient" in write_report(results, PLAIN).read_text()
+    assert (
+        "with a training image: 1 by the same bytes, 1 by the same patient"
+        in write_report(results, PLAIN).read_text()
+    )
 
 
 PROBE = """<!doctype html><meta charset="utf-8"><body><iframe style="width:{width}px;height:900px;border:0"

@@ -1,4 +1,4 @@
-"""An archive with every form that a folder may have, and every kind of damaged file."""
+"""An archive with every form of folder and every kind of damaged file."""
 
 import re
 import struct
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# The 165 folders of the archive as shipped: the folder above, the anatomy, the folders' names.
+# The 165 folders of the archive as shipped: parent folder, anatomy, names of the folders.
 RADIMAGENET = """
 CT/abd abd: abnormal_entire_organ adrenal_pathology arterial_pathology ascites bil_dil bladder_pathology
   bowel_abnormality bowel_inflammation bowel_mass degenerative_changes dilated_urinary_tract
@@ -56,7 +56,7 @@ def radimagenet():
 
 
 def picture(seed, *, size=(40, 30)):
-    """A smooth grey image (rows, columns) uint8 of its own."""
+    """A smooth grey image (rows, columns) uint8; each seed gives another."""
     generator = np.random.default_rng(seed)
     return np.asarray(
         Image.fromarray(generator.integers(0, 256, (6, 5), np.uint8)).resize(size, Image.Resampling.BICUBIC)
@@ -69,11 +69,11 @@ def save(path, seed, **settings):
 
 
 def bomb():
-    """A PNG of some 60 bytes which declares 60000 x 60000 pixels."""
+    """A PNG file of about 60 bytes that declares 60000 x 60000 pixels."""
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    packed = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def damaged(tree):
 
 @pytest.fixture(scope="session")
 def killer():
-    """Makes the environment of processes that do `action` when they read an image whose name has `killer` in it."""
+    """Makes the environment of processes that run `action` when they read an image with `killer` in its name."""
 
     def killer(folder, action):
         site = folder / "site"

@@ -1,4 +1,4 @@
-"""Whole builds: what the shards hold, read back by other software, and what becomes of the output folder."""
+"""Whole builds: the shards read back by other software, and the output folder in every state."""
 
 import errno
 import hashlib
@@ -42,21 +42,21 @@ def samples_of(folder):
 
 
 def expect_samples(folder, archive, codec="png"):
-    """Every sample against the image that it came from."""
+    """Compare every sample with the image that it came from; return the sources."""
     manifest, samples = Manifest.load(folder), samples_of(folder)
     assert len(samples) == manifest.samples
     for number, sample in enumerate(samples):
         assert sample["__key__"] == f"{number:08}"
         metadata = json.loads(sample["json"])
         source, fields = metadata["source"], metadata["fields"]
-        parts = source.split("/")
-        anatomy = parts[1] if len(parts) == 4 else {"liver": "abd", "thyroid_nodule": "thyroid"}[parts[1]]
-        assert fields == {"modality": parts[0], "anatomy": anatomy}
-        assert metadata["class"] == f"{parts[0]}/{anatomy}/{parts[-2]}"
+        modality, *above, category, _ = source.split("/")
+        anatomy = above[0] if above else {"liver": "abd", "thyroid_nodule": "thyroid"}[category]
+        assert fields == {"modality": modality, "anatomy": anatomy}
+        assert metadata["class"] == f"{modality}/{anatomy}/{category}"
         assert manifest.classes[int.from_bytes(sample["target"], "little")] == metadata["class"]
         labels = np.frombuffer(sample["labels"], np.uint8)
         set_bits = {name for name, bit in zip(manifest.labels, labels, strict=True) if bit}
-        assert set_bits == {f"modality={parts[0]}", f"anatomy={anatomy}"}
+        assert set_bits == {f"modality={modality}", f"anatomy={anatomy}"}
         expected, data = by_pillow(archive / source, manifest.size), sample[ENDINGS[codec]]
         if codec == "raw":
             assert data == expected.tobytes()
@@ -143,7 +143,7 @@ def test_the_same_source_and_options_give_the_same_bytes_with_any_number_of_work
     assert str(tmp_path).encode() not in b"".join(sets["first"].values())
 
 
-def test_the_manifest_records_what_shapes_the_content_and_no_place(tree, tmp_path):
+def test_the_manifest_records_what_shapes_the_content_and_no_path(tree, tmp_path):
     found = build(tree, tmp_path / "set", BuildOptions(per_class=4, **SMALL)).manifest
     assert found.options.keys() == {
         *("source", "fields", "per_class", "size", "codec", "seed", "anatomy", "skip_unknown"),
@@ -184,7 +184,7 @@ def test_a_class_whose_images_are_all_damaged_is_no_class(damaged, tmp_path):
     assert len(found.classes) == 5
 
 
-def test_progress_is_told_to_its_end_from_the_calling_thread(tree, tmp_path):
+def test_progress_of_each_stage_reaches_its_total(tree, tmp_path):
     seen = {}
     build(
         tree, tmp_path / "set", BuildOptions(**SMALL), progress=lambda stage, *state: seen.update({stage: state})
@@ -193,7 +193,7 @@ def test_progress_is_told_to_its_end_from_the_calling_thread(tree, tmp_path):
     assert all(done == total > 0 for done, total, _ in seen.values())
 
 
-# What lies at the output already.
+# Outputs that exist already.
 
 
 def test_an_identical_finished_set_is_left_alone(tree, tmp_path):
@@ -205,15 +205,17 @@ def test_an_identical_finished_set_is_left_alone(tree, tmp_path):
     assert (tmp_path / "set" / "manifest.json").stat().st_mtime_ns == stamp
 
 
-def test_another_set_is_refused_and_replaced_only_when_told_to(tree, tmp_path):
+def test_another_set_is_refused_and_replaced_only_with_overwrite(tree, tmp_path):
     build(tree, tmp_path / "set", BuildOptions(**SMALL))
     before = bytes_of(tmp_path / "set")
-    with pytest.raises(InputError, match=r"another seed: 0, not 1: replace it with --overwrite"):
+    with pytest.raises(
+        InputError, match=r"another seed: 0, not 1: pass `overwrite=True` to replace it, or choose"
+    ):
         build(tree, tmp_path / "set", BuildOptions(seed=1, **SMALL))
-    with pytest.raises(InputError, match=r"another per_class: 100, not 3: replace it with --overwrite"):
+    with pytest.raises(InputError, match=r"another per_class: 100, not 3: pass `overwrite=True` to replace it"):
         build(tree, tmp_path / "set", BuildOptions(per_class=3, **SMALL))
     next(tree.rglob("*.png")).unlink()
-    with pytest.raises(InputError, match=r"another source: replace it with --overwrite"):
+    with pytest.raises(InputError, match=r"another source: pass `overwrite=True` to replace it"):
         build(tree, tmp_path / "set", BuildOptions(**SMALL))
     assert bytes_of(tmp_path / "set") == before
     assert build(tree, tmp_path / "set", BuildOptions(**SMALL), overwrite=True).manifest.samples == 49
@@ -231,10 +233,10 @@ def test_what_is_no_shard_set_is_never_replaced(tree, tmp_path, overwrite):
     assert (tmp_path / "set" / "notes.txt").exists()
 
 
-def test_a_damaged_set_is_named_so_and_can_be_replaced(tree, tmp_path):
+def test_a_damaged_set_is_named_as_damaged_and_can_be_replaced(tree, tmp_path):
     build(tree, tmp_path / "set", BuildOptions(**SMALL))
     (tmp_path / "set" / "shard-000001.idx").unlink()
-    with pytest.raises(InputError, match=r"holds a damaged shard set: replace it with --overwrite \("):
+    with pytest.raises(InputError, match=r"holds a damaged shard set: pass `overwrite=True` to replace it \("):
         build(tree, tmp_path / "set", BuildOptions(**SMALL))
     build(tree, tmp_path / "set", BuildOptions(**SMALL), overwrite=True).manifest.check_files(tmp_path / "set")
 
@@ -251,12 +253,14 @@ def test_a_mount_point_is_refused_before_any_work(tree, tmp_path, monkeypatch):
     out = tmp_path / "set"
     out.mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: path == out)
-    with pytest.raises(InputError, match="is a mount point, which no folder can replace: name one within it"):
+    with pytest.raises(
+        InputError, match="is a mount point, which cannot be replaced: choose a folder in it with `out`"
+    ):
         build(tree, out, BuildOptions(**SMALL))
     assert not list(out.iterdir())
 
 
-# Builds that do not come to their end.
+# Builds that do not finish.
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -275,7 +279,7 @@ def test_a_build_that_fails_leaves_the_old_set_as_it_was_and_the_next_one_contin
     def fail_at_last(old, new):
         return fail() if "/set-" in str(old) and new == tmp_path / "set" else real(old, new)
 
-    places = {
+    steps = {
         "packing": (image, "encode"),
         "writing": (writer, "format_index"),
         "manifest": (Manifest, "save"),
@@ -284,7 +288,7 @@ def test_a_build_that_fails_leaves_the_old_set_as_it_was_and_the_next_one_contin
         if step == "swap":
             patch.setattr(output.os, "replace", fail_at_last)
         else:
-            patch.setattr(*places[step], fail)
+            patch.setattr(*steps[step], fail)
         with pytest.raises(type(error)):
             build(tree, tmp_path / "set", BuildOptions(seed=1, **SMALL), overwrite=True)
     assert bytes_of(tmp_path / "set") == before
@@ -297,16 +301,18 @@ def test_a_build_that_fails_leaves_the_old_set_as_it_was_and_the_next_one_contin
     assert {path.name for path in tmp_path.iterdir()} == {"archive", "other", "set"}
 
 
-def test_the_leavings_of_killed_builds_are_put_right(tree, tmp_path):
+def test_leftovers_of_killed_builds_are_cleaned_up(tree, tmp_path):
     build(tree, tmp_path / "set", BuildOptions(**SMALL))
     before = bytes_of(tmp_path / "set")
     (tmp_path / ".set.building").mkdir()
-    (tmp_path / ".set.building" / "spool-00.1234abcd.part").write_text("half")
+    for name in ("spool-00.1234abcd.part", "spool-01.part"):  # the first versions wrote no token
+        (tmp_path / ".set.building" / name).write_text("half")
     (tmp_path / "set").rename(tmp_path / ".set.replaced")  # killed between the two renames
     assert not build(tree, tmp_path / "set", BuildOptions(**SMALL)).built
     assert bytes_of(tmp_path / "set") == before
     (tmp_path / ".set.replaced").mkdir()  # killed after them
-    (tmp_path / ".set.replaced" / "manifest.json").touch()
+    for name in ("manifest.json", "shard-000000.tar.part", "shard-000000.idx.1234abcd.part"):
+        (tmp_path / ".set.replaced" / name).touch()
     build(tree, tmp_path / "set", BuildOptions(**SMALL), overwrite=True)
     assert bytes_of(tmp_path / "set") == before
     assert {path.name for path in tmp_path.iterdir()} == {"archive", "set"}
@@ -320,15 +326,18 @@ def test_a_folder_for_building_that_holds_anything_else_is_left_alone(tree, tmp_
     assert (tmp_path / ".set.building" / "notes.txt").exists()
 
 
-def test_two_builds_never_write_to_one_place(tree, tmp_path):
+def test_two_builds_never_write_to_one_folder(tree, tmp_path):
     out = tmp_path / "set"
     with output.building(out, out) as folder:
-        with pytest.raises(InputError, match="another build is writing .*set: wait until it is done"):
+        with pytest.raises(
+            InputError,
+            match="another build is writing to .*set: wait for it, or choose another folder with `out`",
+        ):
             build(tree, out, BuildOptions(**SMALL))
         assert folder.exists()  # the first one's own
 
 
-def test_a_file_system_without_locks_is_built_on(tree, tmp_path, monkeypatch):
+def test_a_build_works_on_a_file_system_without_locks(tree, tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -416,21 +425,22 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tree, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_class": -1}, "--per-class must be at least 0, got -1"),
-        ({"size": 0}, "--size must be at least 1, got 0"),
-        ({"size": 10**6}, "--size must be at most 8192"),
-        ({"codec": "gif"}, "--codec must be one of png, jpeg, raw, got gif"),
-        ({"workers": 0}, "--workers must be at least 1, got 0"),
-        ({"samples_per_shard": 0}, "--samples-per-shard must be at least 1"),
-        ({"frames": 0}, "--frames must be at least 1, got 0"),
+        ({"per_class": -1}, "`per_class` must be at least 0, got -1"),
+        ({"size": 0}, "`size` must be at least 1 and at most 8192, got 0"),
+        ({"size": 10**6}, "`size` must be at least 1 and at most 8192, got 1000000"),
+        ({"codec": "gif"}, "`codec` must be one of png, jpeg, raw, got 'gif'"),
+        ({"duplicates": "some"}, "`duplicates` must be one of keep, first, drop, got 'some'"),
+        ({"workers": 0}, "`workers` must be at least 1, got 0"),
+        ({"samples_per_shard": 0}, "`samples_per_shard` must be at least 1"),
+        ({"frames": 0}, "`frames` must be at least 1, got 0"),
         (
             {"fields": "modality,,view"},
-            "--fields must be different names with commas between, got modality,,view",
+            "`fields` must be different names with commas between, got 'modality,,view'",
         ),
-        ({"fields": ""}, "--fields must be different names with commas between, got nothing"),
-        ({"require": "view,view"}, "--require must be different names with commas between, got view,view"),
-        ({"anatomy": ("US/spleen2",)}, "--anatomy must be PATH=VALUE, such as US/spleen2=abd, got US/spleen2"),
-        ({"anatomy": ("US/spleen2=a/b",)}, "--anatomy must be PATH=VALUE"),
+        ({"fields": ""}, "`fields` must be different names with commas between, got ''"),
+        ({"require": "view,view"}, "`require` must be different names with commas between, got 'view,view'"),
+        ({"anatomy": ("US/spleen2",)}, "`anatomy` must be PATH=VALUE, such as US/spleen2=abd, got 'US/spleen2'"),
+        ({"anatomy": ("US/spleen2=a/b",)}, "`anatomy` must be PATH=VALUE"),
     ],
 )
 def test_options_that_make_no_sense_are_named(options, message):

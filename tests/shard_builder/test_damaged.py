@@ -1,4 +1,4 @@
-"""A hundred inputs that cannot be packed: each is reported, none stops the build, and memory stays bounded."""
+"""A hundred inputs that cannot be packed: each is listed, none stops the build, and memory stays bounded."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ from PIL import Image
 from shard_builder import image
 from shard_builder.manifest import Manifest
 
-# What one worker may take. A file of the most bytes allowed, with the most pixels, stays below it.
+# The most memory that a worker may take, even for a file of the most bytes and pixels allowed.
 BOUND = 2**30
 
 
@@ -32,23 +32,23 @@ def file_of(picture, kind):
 
 
 def png(width, height, bits, colour, row):
-    """A PNG file with so many equal rows of bytes: of any size, and small."""
+    """A small PNG file of any size: `height` equal rows of bytes."""
     deflate = zlib.compressobj(1)
     pixels = b"".join(deflate.compress(b"\0" + row) for _ in range(height)) + deflate.flush()
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
-    parts = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    packed = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def declaring(data, side):
-    """A small PNG file with another size in its header, and the header's checksum."""
+    """A small PNG file with another size in its header, and a right checksum of the header."""
     header = data[12:16] + struct.pack(">II", side, side) + data[24:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def hundred(folder):
-    """Make the files in `folder`, and return what is expected to be said of each: name to a pattern."""
+    """Make the files in `folder`; return the expected reason of each, name to pattern."""
     noise = Image.effect_noise((40, 40), 60)
     whole = {kind: file_of(noise, kind) for kind in ("PNG", "JPEG")}
     generator = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def hundred(folder):
     for name in [*odd, os.fsdecode(b"caf\xe9.png")]:
         add(name, whole["PNG"][:200], "truncated")
     row = np.arange(4 * 8192, dtype=np.uint8).tobytes()
-    # Worth packing, and the largest that are: 256 MiB of RGBA, and 16 bits a pixel.
+    # The largest that are packed: 256 MiB of RGBA, and 16 bits a pixel.
     contents["large.png"] = png(8192, 8192, 8, 6, row)
     contents["deep.png"] = png(8192, 8192, 16, 0, row[: 2 * 8192])
     for name, data in contents.items():
@@ -121,7 +121,7 @@ def hundred(folder):
 
 
 def most_memory(process):
-    """The most bytes that it, or any process that it has started, ever held, watched until it ends."""
+    """The most bytes that the process, or any that it started, ever held; returns when it ends."""
     most = 0
     while process.poll() is None:
         with suppress(psutil.Error, OSError):  # one has just ended
@@ -133,7 +133,7 @@ def most_memory(process):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
-def test_a_hundred_damaged_inputs_are_all_reported_and_memory_stays_bounded(tree, tmp_path):
+def test_a_hundred_damaged_inputs_are_all_listed_and_memory_stays_bounded(tree, tmp_path):
     folder = tree / "CT/lung/Nodule"
     expected = hundred(folder)
     assert len(expected) >= 100
@@ -154,7 +154,7 @@ def test_a_hundred_damaged_inputs_are_all_reported_and_memory_stays_bounded(tree
     assert found.keys() == {as_shown.get(name, name) for name in expected}
     for name, pattern in expected.items():
         assert re.match(pattern, found[as_shown.get(name, name)]), (name, found[as_shown.get(name, name)])
-    # Two of them, each as large as may be, show that the bound is met by size and not by luck.
+    # The two largest files show that the bound is met by design and not by luck.
     assert image.MAX_BYTES < most < BOUND
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from pydicom.data import get_testdata_files
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from shard_builder import dicom, terms
+from shard_builder import dicom, dicom_pixels, terms
 from shard_builder.build import build
 from shard_builder.image import ImageError, stretch
 from shard_builder.manifest import Manifest
@@ -39,7 +39,7 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 
 
 def dataset(pixels=RAMP, **elements):
-    """A CT image of the grey, colour or many frames' values `pixels`, with other elements on top."""
+    """A CT image with these pixels, grey, colour or of several frames, and further elements."""
     found = pydicom.Dataset()
     found.file_meta = pydicom.dataset.FileMetaDataset()
     found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -70,8 +70,8 @@ def save(path, *arguments, **elements):
 
 
 def shown(tmp_path, *arguments, frame=0, **elements):
-    """What becomes of the pixels of one file, on a canvas of their own size."""
-    return stretch(dicom.decode(save(tmp_path / "x", *arguments, **elements), frame), 16)
+    """The grey pixels of one file on a canvas of its own size."""
+    return stretch(dicom_pixels.decode(save(tmp_path / "x", *arguments, **elements), frame), 16)
 
 
 def rounded(share):
@@ -132,7 +132,7 @@ def test_without_a_usable_window_percentiles_become_black_and_white(tmp_path, wi
     assert np.abs(shown(tmp_path, values, BitsStored=16, **window).astype(int) - expected).max() <= 1
 
 
-def test_values_that_only_fill_up_the_picture_do_not_count_in_the_percentiles(tmp_path):
+def test_padding_does_not_count_in_the_percentiles(tmp_path):
     signed = RAMP.astype(np.int16)
     signed[:8] = -2000
     black, white = np.percentile(signed[8:], (0.5, 99.5))
@@ -216,10 +216,10 @@ def test_a_palette_is_looked_up(tmp_path):
 
 def test_lossless_compressions_give_the_pixels_of_the_uncompressed_file():
     folder = Path(pydicom.data.get_testdata_file("MR_small.dcm")).parent
-    plain = stretch(dicom.decode(folder / "MR_small.dcm", 0), 64)
+    plain = stretch(dicom_pixels.decode(folder / "MR_small.dcm", 0), 64)
     others = ("RLE", "bigendian", "implicit", "jp2klossless", "jpeg_ls_lossless", "padded")
     for name in others:
-        assert np.array_equal(stretch(dicom.decode(folder / f"MR_small_{name}.dcm", 0), 64), plain), name
+        assert np.array_equal(stretch(dicom_pixels.decode(folder / f"MR_small_{name}.dcm", 0), 64), plain), name
 
 
 # Labels, frames and what is left out.
@@ -263,11 +263,11 @@ def test_a_folder_is_what_most_of_its_files_are_and_many_of_either_are_refused(t
         Image.fromarray((RAMP // 16).astype(np.uint8)).save(source / f"CT/lung/x/{number}.png")
     tree = build(source, tmp_path / "tree", BuildOptions(**SMALL)).manifest
     assert (tree.options["source"]["form"], tree.samples, tree.rejected) == ("tree", 12, [])
-    # Previews beside patients' files: the folders' names must not become labels.
+    # Previews beside patients' files: folder names must not become labels.
     save(source / "CT/lung/x/another")
     with pytest.raises(InputError, match="holds DICOM files among its PNG or JPEG images: shard either"):
         build(source, tmp_path / "mixed", BuildOptions(**SMALL))
-    # What a file is, its content says and not its name.
+    # The content of a file decides, not its name.
     for number in range(6):
         save(source / f"CT/lung/x/{number}.png")
     files = build(source, tmp_path / "files", BuildOptions(**SMALL)).manifest
@@ -286,7 +286,9 @@ def test_a_set_and_its_key_within_their_own_source_are_no_part_of_it(tmp_path, m
 
 def test_a_key_within_the_set_is_refused_before_anything_is_written(tmp_path):
     save(tmp_path / "in/x")
-    with pytest.raises(InputError, match="lies in .*set, which is replaced as a whole: keep it elsewhere"):
+    with pytest.raises(
+        InputError, match="`key=.*my.key` lies in .*set, which is replaced as a whole: keep it elsewhere"
+    ):
         build(tmp_path / "in", tmp_path / "set", BuildOptions(**SMALL, key=tmp_path / "set/my.key"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -366,7 +368,7 @@ def test_no_word_means_two_regions_and_radimagenets_are_among_them():
     assert radimagenet <= set(terms._REGIONS)
 
 
-def test_the_user_names_what_the_vocabulary_lacks(tmp_path):
+def test_a_value_map_adds_what_the_vocabulary_lacks(tmp_path):
     for number, (modality, text) in enumerate(
         (("CR", "CHEST"), ("DX", "Brust, re."), ("DX", "THORAX"), ("CT", "X"))
     ):
@@ -390,10 +392,10 @@ def test_laterality_and_view_are_fields_for_those_who_ask(tmp_path):
     assert found.fields == {"modality": ["DX", "MG"], "laterality": ["L", "R"], "view": ["MLO"]}
     assert found.classes == ["DX/R/unknown", "MG/L/MLO"]
     with pytest.raises(
-        InputError, match="--fields device: a DICOM file has no such field, but modality, anatomy, l"
+        InputError, match="`fields=device`: a DICOM file has no such field, but modality, anatomy, l"
     ):
         build(tmp_path / "in", tmp_path / "other", BuildOptions(fields="device", **SMALL))
-    with pytest.raises(InputError, match="--anatomy is for labels by folder, and DICOM files have their own"):
+    with pytest.raises(InputError, match="`anatomy` is for labels from folders, and DICOM files have their own"):
         build(tmp_path / "in", tmp_path / "other", BuildOptions(anatomy=("a/b=abd",), **SMALL))
 
 
@@ -410,7 +412,7 @@ def test_frames_are_taken_evenly_and_one_from_the_middle(tmp_path, frames, expec
     assert found == {f"{name}-{frame}": 20 * frame for frame in expected}
 
 
-def test_files_with_burned_in_text_are_set_aside_unless_asked_for(tmp_path):
+def test_files_with_burned_in_text_are_left_out_unless_asked_for(tmp_path):
     save(tmp_path / "in/a", BurnedInAnnotation="YES")
     save(tmp_path / "in/b", BurnedInAnnotation="NO")
     found = build(tmp_path / "in", tmp_path / "set", BuildOptions(**SMALL)).manifest
@@ -448,7 +450,7 @@ def test_a_table_gives_dicom_files_their_labels_and_their_names_stay_hidden(tmp_
 
 
 def test_the_same_key_gives_the_same_bytes_with_any_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("shard_builder.source.HEADERS", 3)
+    monkeypatch.setattr("shard_builder.source.CHUNK", 3)
     monkeypatch.setattr("shard_builder.pack.CHUNK", 3)
     for number in range(8):
         save(tmp_path / f"in/{number}", np.roll(RAMP, number))
@@ -464,11 +466,13 @@ def test_the_same_key_gives_the_same_bytes_with_any_number_of_workers(tmp_path, 
     build(tmp_path / "in", tmp_path / "three", BuildOptions(**SMALL))
     assert not set(metadata_of(tmp_path / "one")) & set(metadata_of(tmp_path / "three"))
     (tmp_path / "bad").write_text("short")
-    with pytest.raises(InputError, match="bad is no key of 64 hexadecimal digits"):
+    with pytest.raises(
+        InputError, match="bad is no key of 64 hexadecimal digits: choose another file with `key`"
+    ):
         build(tmp_path / "in", tmp_path / "four", BuildOptions(key=tmp_path / "bad", **SMALL))
 
 
-def test_every_file_of_pydicoms_own_is_packed_or_listed_with_its_reason(tmp_path):
+def test_every_file_that_pydicom_ships_is_packed_or_listed_with_its_reason(tmp_path):
     root = Path(pydicom.data.__file__).parent
     assert get_testdata_files("MR_small.dcm")
     found = build(root, tmp_path / "set", BuildOptions(frames=2, **{**SMALL, "workers": 2})).manifest
@@ -502,20 +506,20 @@ def test_no_cut_or_flipped_file_does_anything_but_decode_or_give_a_reason(tmp_pa
         "image_dfl",
     )
     whole = [(folder / f"{name}.dcm").read_bytes() for name in names]
-    draw, reasons = random.Random(0), Counter()
+    generator, reasons = random.Random(0), Counter()
     for _ in range(120):
-        data = bytearray(draw.choice(whole))
-        if draw.random() < 0.3:
-            del data[draw.randrange(132, len(data)) :]
+        data = bytearray(generator.choice(whole))
+        if generator.random() < 0.3:
+            del data[generator.randrange(132, len(data)) :]
         for _ in range(4):
-            data[draw.randrange(min(132, len(data) - 1), len(data))] = draw.randrange(256)
+            data[generator.randrange(min(132, len(data) - 1), len(data))] = generator.randrange(256)
         (tmp_path / "x").write_bytes(data)
         (header,) = dicom.read_headers(tmp_path, ["x"])
         if isinstance(header, str):
             reasons[header] += 1
             continue
         try:
-            assert stretch(dicom.decode(tmp_path / "x", 0), 8).shape == (8, 8)
+            assert stretch(dicom_pixels.decode(tmp_path / "x", 0), 8).shape == (8, 8)
         except ImageError as error:
             reasons[str(error)] += 1
     assert "damaged pixel data" in reasons
@@ -527,20 +531,20 @@ def test_a_header_that_declares_too_much_is_refused_before_any_pixel_is_read(tmp
     assert dicom.read_headers(tmp_path, ["x"]) == ["declares over 67,108,864 pixels"]
 
 
-def test_a_frame_that_says_it_is_larger_than_its_file_does_is_damaged_and_takes_no_memory(tmp_path):
+def test_a_frame_that_declares_more_pixels_than_its_header_is_damaged_and_takes_no_memory(tmp_path):
     folder = Path(pydicom.data.get_testdata_file("MR_small.dcm")).parent
-    places = {
+    headers = {
         "MR_small_jpeg_ls_lossless": (b"\xff\xf7", 5, ">HH"),
         "MR_small_jp2klossless": (b"\xff\x4f\xff\x51", 8, ">II"),
         "SC_rgb_jpeg_gdcm": (b"\xff\xc3", 5, ">HH"),
     }
-    for name, (mark, distance, kind) in places.items():
+    for name, (mark, distance, kind) in headers.items():
         data = bytearray((folder / f"{name}.dcm").read_bytes())
         struct.pack_into(kind, data, data.index(mark, 1000) + distance, 60000, 60000)
         (tmp_path / "x").write_bytes(data)
         assert not isinstance(dicom.read_headers(tmp_path, ["x"])[0], str)
         with pytest.raises(ImageError, match="damaged pixel data"):
-            dicom.decode(tmp_path / "x", 0)
+            dicom_pixels.decode(tmp_path / "x", 0)
 
 
 def test_a_lack_of_memory_or_an_unreadable_disk_never_passes_for_another_image(tmp_path, monkeypatch):
@@ -556,12 +560,12 @@ def test_a_lack_of_memory_or_an_unreadable_disk_never_passes_for_another_image(t
         with monkeypatch.context() as patch:
             patch.setattr(f"pydicom.pixels.{name}", raising(MemoryError()))
             with pytest.raises(MemoryError):
-                dicom.decode(tmp_path / "x", 0)
+                dicom_pixels.decode(tmp_path / "x", 0)
     unreadable = OSError(errno.EIO, "Input/output error")
     with monkeypatch.context() as patch:
         patch.setattr("pydicom.pixels.pixel_array", raising(unreadable))
         with pytest.raises(ImageError, match="cannot be read: Input/output error"):
-            dicom.decode(tmp_path / "x", 0)
+            dicom_pixels.decode(tmp_path / "x", 0)
     with monkeypatch.context() as patch:
         patch.setattr("pydicom.dcmread", raising(unreadable))
         assert dicom.read_headers(tmp_path, ["x"]) == ["cannot be read: Input/output error"]
@@ -577,8 +581,8 @@ def test_the_largest_frames_take_less_than_a_gibibyte(tmp_path, bits):
     save(tmp_path / "x", (np.arange(side**2, dtype=f"u{bits // 8}").reshape(side, side)), BitsStored=bits)
     assert not isinstance(dicom.read_headers(tmp_path, ["x"])[0], str)
     code = (
-        "import re, sys; from pathlib import Path; from shard_builder import dicom\n"
-        "print(dicom.decode(Path(sys.argv[1]), 0).mean())\n"
+        "import re, sys; from pathlib import Path; from shard_builder import dicom_pixels\n"
+        "print(dicom_pixels.decode(Path(sys.argv[1]), 0).mean())\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True, capture_output=True)
@@ -622,7 +626,7 @@ def test_all_real_files_are_packed_with_the_labels_of_their_headers(real_data, t
     known = {"CHEST": "chest", "HEAD": "head", "CSPINE": "spine"}
     for path in files:
         name, header = hashed(tmp_path / "set.key", path.relative_to(root).as_posix()), pydicom.dcmread(path)
-        # Not pydicom's window, but the standard's.
+        # The window by the standard's formula, not by pydicom.
         values = header.pixel_array * float(header.get("RescaleSlope", 1)) + float(
             header.get("RescaleIntercept", 0)
         )
@@ -634,9 +638,9 @@ def test_all_real_files_are_packed_with_the_labels_of_their_headers(real_data, t
             assert share.min() == share.max()  # the window lies beside all of its values
             continue
         metadata, pixels = packed[name]
-        part = header.get("BodyPartExamined")
-        fields = {"modality": header.Modality} | ({"anatomy": known[part]} if part else {})
+        body_part = header.get("BodyPartExamined")
+        fields = {"modality": header.Modality} | ({"anatomy": known[body_part]} if body_part else {})
         assert metadata["fields"] == fields
-        assert metadata["class"] == f"{header.Modality}/{known.get(part, 'unknown')}"
+        assert metadata["class"] == f"{header.Modality}/{known.get(body_part, 'unknown')}"
         expected = Image.fromarray(share.astype(np.uint8)).resize((64, 64), Image.Resampling.BILINEAR)
         assert np.abs(pixels.astype(int) - np.asarray(expected)).max() <= 1

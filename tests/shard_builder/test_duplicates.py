@@ -1,4 +1,4 @@
-"""Equal and empty images: found by their pixels across classes, and set aside as told."""
+"""Equal and empty images: found by their pixels across classes, and left out by the chosen policy."""
 
 import json
 import shutil
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shard_builder.build import build
-from shard_builder.duplicates import same_pixels, set_aside
+from shard_builder.duplicates import duplicate_reasons, find_duplicates
 from shard_builder.options import BuildOptions
 from shard_builder.pack import ROW, digest
 from shard_builder.pseudonym import pseudonym
-from shard_builder.scan import Entry
+from shard_builder.entries import Entry
 
 SMALL = {"size": 24, "workers": 1, "samples_per_shard": 20}
 
@@ -88,7 +88,7 @@ def test_drop_leaves_no_copy_and_names_one_of_other_labels_where_there_is_one(do
     assert manifest.samples == 47
 
 
-def test_keep_sets_only_empty_images_aside(doubled, tmp_path):
+def test_keep_leaves_only_empty_images_out(doubled, tmp_path):
     manifest = build(doubled, tmp_path / "set", BuildOptions(duplicates="keep", **SMALL)).manifest
     assert reasons(manifest) == EMPTY
     assert manifest.options["duplicates"] == "keep"
@@ -122,32 +122,32 @@ def test_the_choice_equals_that_of_a_loop_over_all_pairs_in_any_order_and_under_
     ]
     order = [number for number in order if number < len(pixels)]
     chosen, rows = [entries[number] for number in order], np.zeros(len(order), ROW)
-    for place, number in enumerate(order):
-        # Image 0 was rejected: it is the same as none.
-        rows[place]["bytes"] = pixels[number]
-        rows[place]["digest"] = digest(np.full((2, 2), pixels[number], np.uint8))
-    groups = same_pixels(rows, chosen)
-    for how in ("keep", "first", "drop"):
+    for row, number in zip(rows, order, strict=True):
+        # Pixels 0 stand for a rejected image, which equals no other.
+        row["bytes"] = pixels[number]
+        row["digest"] = digest(np.full((2, 2), pixels[number], np.uint8))
+    groups = find_duplicates(rows, chosen)
+    for policy in ("keep", "first", "drop"):
         expected = {}
         for number, value in enumerate(pixels):
             equal = [each for each, other in enumerate(pixels) if other == value > 0]
             others = [each for each in equal if each != number]
-            if how == "first" and equal and equal[0] != number:
+            if policy == "first" and equal and equal[0] != number:
                 named = equal[0]
-            elif how == "drop" and others:
+            elif policy == "drop" and others:
                 named = next((each for each in others if classes[each] != classes[number]), others[0])
             else:
                 continue
             kind = "duplicate" if classes[named] == classes[number] else "label conflict"
             expected[names[number]] = f"{kind}: the same pixels as {names[named]}"
-        found = set_aside(groups, chosen, how)
-        assert {chosen[place].source: reason for place, reason in found.items()} == expected
+        found = duplicate_reasons(groups, chosen, policy)
+        assert {chosen[row].source: reason for row, reason in found.items()} == expected
     assert Counter(len(group) for group in groups) == Counter(
         count for value, count in Counter(pixels).items() if value and count > 1
     )
 
 
-def test_the_digest_tells_shapes_and_single_pixels_apart():
+def test_the_digests_of_other_shapes_and_single_pixels_differ():
     pixels = np.arange(24, dtype=np.uint8)
     other = pixels.copy()
     other[7] ^= 1

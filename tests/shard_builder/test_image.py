@@ -101,8 +101,8 @@ def test_no_cut_or_flipped_file_does_anything_but_decode_or_give_a_reason(kind):
     reasons = set()
     for _ in range(150):
         data = bytearray(whole[: generator.integers(len(whole) + 1)])
-        for place in generator.integers(0, max(len(data), 1), 3)[: len(data)]:
-            data[place] ^= int(generator.integers(256))
+        for offset in generator.integers(0, max(len(data), 1), 3)[: len(data)]:
+            data[offset] ^= int(generator.integers(256))
         try:
             assert decode(bytes(data), 8).shape == (8, 8)
         except ImageError as error:
@@ -115,12 +115,12 @@ def test_no_cut_or_flipped_file_does_anything_but_decode_or_give_a_reason(kind):
 def test_no_flipped_bit_in_the_pixels_of_a_png_file_goes_unnoticed():
     whole = file_of(Image.effect_noise((40, 40), 60))
     begin, end = whole.index(b"IDAT") + 4, whole.rindex(b"IEND") - 4
-    for place in range(begin, end, 7):
+    for offset in range(begin, end, 7):
         data = bytearray(whole)
-        data[place] ^= 16
+        data[offset] ^= 16
         with pytest.raises(ImageError, match=r"damaged: the checksum of its .{1,16} chunk is wrong|truncated"):
             decode(bytes(data), 8)
-    # What follows the end is no part of the picture.
+    # Bytes after the end do not belong to the image.
     assert np.array_equal(decode(whole + b"\0\0\0\1more", 40), decode(whole, 40))
 
 

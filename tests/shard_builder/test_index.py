@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_builder.index import Component, check_index, format_index, parse_index
+from shard_builder.index import Member, check_index, format_index, parse_index
 
 words = st.text(st.characters(categories=["L", "N"], codec="ascii"), min_size=1, max_size=9)
-components = st.builds(Component, words, st.integers(0, 2**40), st.integers(0, 2**40), words)
-indices = st.lists(st.lists(components, min_size=1, max_size=4), min_size=1, max_size=6)
+members = st.builds(Member, words, st.integers(0, 2**40), st.integers(0, 2**40), words)
+indices = st.lists(st.lists(members, min_size=1, max_size=4), min_size=1, max_size=6)
 
 
 @given(indices)
@@ -37,5 +37,5 @@ def test_other_texts_are_no_index(text):
 
 
 def test_the_text_is_what_dali_documents():
-    sample = [Component("png", 512, 9, "00000000.png"), Component("json", 1536, 2, "00000000.json")]
+    sample = [Member("png", 512, 9, "00000000.png"), Member("json", 1536, 2, "00000000.json")]
     assert format_index([sample]) == "v1.2 1\npng 512 9 00000000.png json 1536 2 00000000.json\n"

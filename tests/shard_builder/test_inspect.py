@@ -1,4 +1,4 @@
-"""What is told of a set, in text, as a contact sheet and as a page, against what the webdataset library reads."""
+"""A set as text, contact sheet and page, against what the webdataset library reads."""
 
 import base64
 import io
@@ -60,7 +60,7 @@ def test_images_are_found_by_their_ids(made):
         assert image.tobytes() == expected
 
 
-def test_the_description_tells_sizes_counts_and_what_was_left_out(made):
+def test_the_description_lists_sizes_counts_and_what_was_left_out(made):
     said = describe(read_contents(made))
     assert said.startswith("49 images of 24 x 24 pixels, ")
     for line in ("modality (3)", "CT 20", "class (5)", "US/abd/liver 9", "left out (2)", "label conflict 1"):
@@ -102,7 +102,7 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
-def test_the_page_needs_no_other_file_and_shows_counts_sizes_copies_and_rejects(made):
+def test_the_page_needs_no_other_file_and_shows_counts_sizes_duplicates_and_rejections(made):
     page = Page((made / "report.html").read_text("utf-8"))
     assert len(page.links) == 5
     for link in page.links:
@@ -131,5 +131,7 @@ def test_a_damaged_set_is_sent_to_verify(made):
     tar = made / "shard-000001.tar"
     index = tar.with_suffix(".idx")
     index.write_text(index.read_text().replace(" 4 ", " 3 "))
-    with pytest.raises(InputError, match=r"shard-000001\.tar is damaged: `modan-fast verify .*set` tells more"):
+    with pytest.raises(
+        InputError, match=r"shard-000001\.tar is damaged: run `modan-fast verify .*set` for details"
+    ):
         read_contents(made)

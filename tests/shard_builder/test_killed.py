@@ -34,7 +34,7 @@ def start(tree, out, *, workers=2, environment=()):
 
 
 def wait_for_packed(process, images):
-    """Read what a build says until it has packed at least so many images, by chunks that end in any order."""
+    """Read a build's progress until it has packed at least `images`; chunks end in any order."""
     packed = (int(line.split()[1]) for line in process.stdout if line.startswith("packing "))
     next(done for done in packed if done >= images)
 
@@ -57,7 +57,7 @@ def test_a_build_killed_at_a_known_moment_is_continued_and_not_begun_anew(tree, 
         said = process.stdout.read().splitlines()
     assert process.returncode == 0
     stage, done, _ = moment.split(" ")
-    first = next(line for line in said if line.startswith(stage))  # it counts what was there
+    first = next(line for line in said if line.startswith(stage))  # it counts what was done before
     assert int(first.split()[1]) >= int(done)
     assert bytes_of(out) == undisturbed(tree, tmp_path / "expected")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -92,7 +92,7 @@ def test_twenty_kills_at_random_moments_change_no_byte(tree, tmp_path):
         killed_often(tree, tmp_path / str(seed), 20, seed)
 
 
-# What is left of a killed build is used only where it fits.
+# Leftovers of a killed build are used only if they fit.
 
 
 def test_spools_of_a_source_that_has_changed_since_are_not_used(tree, tmp_path):
@@ -122,7 +122,7 @@ def test_a_damaged_spool_is_packed_again(tree, tmp_path):
     assert bytes_of(tmp_path / "set") == undisturbed(tree, tmp_path / "expected")
 
 
-def test_what_other_options_have_left_is_removed(tree, tmp_path):
+def test_leftovers_of_other_options_are_removed(tree, tmp_path):
     with start(tree, tmp_path / "set") as process:
         next(line for line in process.stdout if line.startswith("writing 1 "))
         process.kill()

@@ -14,7 +14,7 @@ rows_of_fields = st.lists(
 
 
 @given(rows_of_fields)
-def test_the_names_of_the_set_bits_tell_the_fields_of_an_image(rows):
+def test_the_names_of_the_set_bits_are_the_fields_of_an_image(rows):
     fields = vocabularies(NAMES, rows)
     names = bit_names(fields)
     for row in rows:

@@ -54,7 +54,7 @@ def made(tree, tmp_path):
     return out
 
 
-def test_a_folder_without_a_manifest_tells_how_to_make_one(tmp_path):
+def test_the_error_for_a_folder_without_a_manifest_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match=r"no shard set at .*shards: make one with `modan-fast shard SOURCE`"):
         Manifest.load(tmp_path / "shards")
     with pytest.raises(InputError, match=r"holds no manifest\.json: make one with"):
@@ -144,7 +144,7 @@ def test_files_that_do_not_fit_are_named(made):
     tar, index = made / "shard-000001.tar", made / "shard-000001.idx"
     whole, lines = tar.read_bytes(), index.read_bytes()
     tar.write_bytes(whole[:-1])
-    fails(r"shard-000001\.tar has [\d,]+ bytes and not the [\d,]+ of its manifest")
+    fails(r"shard-000001\.tar has [\d,]+ bytes, not the [\d,]+ of its manifest")
     tar.unlink()
     fails(r"shard-000001\.tar cannot be read \(No such file")
     tar.write_bytes(whole)

@@ -1,4 +1,4 @@
-"""A marker in everything that a DICOM file can say of a person, and no trace of it in anything that is written."""
+"""A marker in everything that a DICOM file can say about a person leaves no trace in anything that is written."""
 
 import io
 import json
@@ -26,14 +26,14 @@ VALUES = {
     **{"UR": f"http://{MARKER}", "UI": f"1.2.{NUMBER}", "DA": NUMBER, "TM": "101010", "AS": "077Y"},
     **{"DT": NUMBER, "DS": f"{NUMBER}.5", "IS": NUMBER},
 }
-"""A value with the marker for each kind of text, dates and decimals included."""
+"""A value with the marker for each text type (VR), also for dates and decimals."""
 
 NEEDED = {"PhotometricInterpretation", "NumberOfFrames", "BurnedInAnnotation", "SpecificCharacterSet"}
 TRACES = [MARKER.encode(), NUMBER.encode(), MARKER.lower().encode(), MARKER.encode("utf-16-le")]
 
 
 def marked(depth=1):
-    """Every text element of DICOM's dictionary, and sequences and private elements with all of them again."""
+    """A data set with every text element of DICOM's dictionary, also in sequences and private elements."""
     found = pydicom.Dataset()
     for tag, (kind, *_, keyword) in DicomDictionary.items():
         group = tag >> 16
@@ -53,7 +53,7 @@ def marked(depth=1):
 
 
 def whole_file():
-    """An image full of the marker, in its preamble, meta data and padding too."""
+    """An image with the marker everywhere, also in its preamble, file meta information and padding."""
     found = marked()
     found.file_meta = pydicom.dataset.FileMetaDataset()
     found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -85,7 +85,7 @@ def element(keyword, kind, value):
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """Files that fit, that lack words, and that are damaged in many ways, all with the marker in their names."""
+    """Whole files, files with unknown words, and damaged files, all with the marker in their names."""
     root, marker = tmp_path_factory.mktemp("in"), MARKER.encode()
     folder = root / MARKER / f"{MARKER}_{NUMBER}"
     folder.mkdir(parents=True)
@@ -109,7 +109,7 @@ def archive(tmp_path_factory):
         "kind": changed("PhotometricInterpretation", b"CS", b"MONOCHROME2", marker),
         "seg": changed("Modality", b"CS", b"CT", b"SEG"),
         "frames": changed("NumberOfFrames", b"IS", b"1", marker),
-        # A window that is no number, and text that is none: libraries quote these in their messages.
+        # A window that is no number, and undecodable text: libraries quote these in their messages.
         "window": changed("WindowCenter", b"DS", f"{NUMBER}.5".encode(), marker + b"ABC"),
         "text": changed("BodyPartExamined", b"CS", b"CHEST", b"CHE\xff\xfe"),
         "syntax": whole.replace(syntax, element("TransferSyntaxUID", b"UI", f"1.2.840.{NUMBER}.99".encode())),
@@ -131,7 +131,7 @@ def expect_no_trace(*texts):
 
 
 def everything(folder):
-    """The bytes and names of all files of a set, and of the members of its tars, their images decoded too."""
+    """The names and bytes of all files of a set, and the headers of the members of its tars."""
     for path in sorted(folder.iterdir()):
         yield path.name.encode()
         yield path.read_bytes()
@@ -145,7 +145,7 @@ def everything(folder):
     "options",
     [(), ("--workers", "1", "--duplicates", "keep", "--fields", "modality,anatomy,laterality,view", "--debug")],
 )
-def test_no_output_bears_a_trace_of_a_header_or_of_a_path(archive, tmp_path, options):
+def test_no_output_has_a_trace_of_a_header_or_of_a_path(archive, tmp_path, options):
     command = [
         sys.executable,
         "-m",
@@ -162,7 +162,7 @@ def test_no_output_bears_a_trace_of_a_header_or_of_a_path(archive, tmp_path, opt
     manifest = json.loads((tmp_path / "set/manifest.json").read_bytes())
     assert done.returncode == 0
     assert manifest["samples"] + len(manifest["rejected"]) == 14
-    assert manifest["samples"] == (5 if options else 1)  # one picture, and the others its duplicates
+    assert manifest["samples"] == (5 if options else 1)  # one image, and its duplicates
     unknown = {"modality", "anatomy"} | ({"laterality", "view"} if options else set())
     assert set(manifest["options"]["source"]["unknown"]) == unknown
     assert manifest["fields"]["modality"] == ["CT"]

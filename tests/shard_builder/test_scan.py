@@ -1,13 +1,14 @@
-"""Which images a source holds, what their folders say of them, and which are chosen."""
+"""The images of a tree, their labels from folder names, and the choice of each class."""
 
 import os
 from collections import Counter
 
 import pytest
 
+from shard_builder.entries import Entry, as_text, choose
 from shard_builder.labels import RADIMAGENET_US, bit_names, vocabularies
 from shard_builder.options import BuildOptions
-from shard_builder.scan import Entry, as_text, choose, scan_tree
+from shard_builder.scan import scan_tree
 from shard_builder.settings import InputError
 
 
@@ -66,8 +67,8 @@ def test_a_folder_without_anatomy_is_named_with_both_ways_out(tmp_path):
     with pytest.raises(InputError) as caught:
         scan_tree(tmp_path)
     assert str(caught.value) == (
-        "US/spleen2 names no anatomy and is no RadImageNet class: give it one with --anatomy US/spleen2=abd, or "
-        "pass --skip-unknown (1 of 2 folders, 3 images)"
+        "US/spleen2 names no anatomy and is no RadImageNet class: name it with `anatomy=US/spleen2=abd`, or "
+        "pass `skip_unknown=True` (1 of 2 folders, 3 images)"
     )
     given = scan_tree(tmp_path, anatomy=BuildOptions(anatomy=("US/spleen2=abd",)).anatomies)
     assert Counter(entry.category for entry in given.entries) == {"CT/lung/Nodule": 1, "US/abd/spleen2": 3}
@@ -78,7 +79,7 @@ def test_a_folder_without_anatomy_is_named_with_both_ways_out(tmp_path):
 
 def test_an_anatomy_for_a_folder_that_is_not_there_is_an_error(tmp_path):
     touch(tmp_path, "US/liver/a.png")
-    with pytest.raises(InputError, match="--anatomy US/livr=abd: there are no images right in"):
+    with pytest.raises(InputError, match="`anatomy=US/livr=abd`: there are no images directly in"):
         scan_tree(tmp_path, anatomy={"US/livr": "abd"})
 
 
@@ -115,7 +116,7 @@ def test_images_at_other_depths_are_listed(tmp_path):
         (("rin/CT/lung/x/a.png", "rin/US/liver/a.png"), "1 of 2 images .* such as rin/CT/lung/x/a.png: expected"),
     ],
 )
-def test_a_folder_that_is_no_such_tree_is_an_error_which_tells_the_layout(tmp_path, files, message):
+def test_a_folder_that_is_no_such_tree_is_an_error_that_describes_the_layout(tmp_path, files, message):
     with pytest.raises(InputError, match=message) as caught:
         scan_tree(touch(tmp_path, *files))
     assert "\n" not in str(caught.value)
@@ -158,7 +159,7 @@ def entries(**counts):
     return [Entry(f"{name}/{image}.png", {}, name) for name, count in counts.items() for image in range(count)]
 
 
-def test_at_most_so_many_of_each_class_are_chosen_and_0_takes_all():
+def test_at_most_per_class_images_of_each_class_are_chosen_and_0_takes_all():
     found = entries(a=30, b=7)
     assert Counter(entry.category for entry in choose(found, per_class=10, seed=0)) == {"a": 10, "b": 7}
     assert sorted(entry.source for entry in choose(found, per_class=0, seed=0)) == sorted(
@@ -186,19 +187,19 @@ def test_the_choice_of_a_seed_never_changes():
     ]
 
 
-def test_equal_file_names_are_drawn_and_stored_as_evenly_as_others():
+def test_equal_file_names_are_sampled_and_stored_as_evenly_as_others():
     found = [
         Entry(f"patient{patient:02}/{view}.png", {}, "chest")
         for patient in range(60)
         for view in ("front", "side")
     ]
-    draws = [[entry.source for entry in choose(found, per_class=40, seed=seed)] for seed in range(20)]
-    assert len({frozenset(draw) for draw in draws}) == 20
-    assert all(draw != sorted(draw) for draw in draws)
-    fronts = [sum(source.endswith("front.png") for source in draw) for draw in draws]
+    samples = [[entry.source for entry in choose(found, per_class=40, seed=seed)] for seed in range(20)]
+    assert len({frozenset(sample) for sample in samples}) == 20
+    assert all(sample != sorted(sample) for sample in samples)
+    fronts = [sum(source.endswith("front.png") for source in sample) for sample in samples]
     assert 10 < min(fronts) <= max(fronts) < 30  # 40 at random of 60 and 60
-    drawn = Counter(source.partition("/")[0] for draw in draws for source in draw)
-    assert len(drawn) == 60
+    patients = Counter(source.partition("/")[0] for sample in samples for source in sample)
+    assert len(patients) == 60
 
 
 def test_images_of_other_types_are_listed_in_a_tree_and_other_files_ignored(tmp_path):
@@ -211,7 +212,7 @@ def test_images_of_other_types_are_listed_in_a_tree_and_other_files_ignored(tmp_
 
 
 def test_classes_are_mixed_all_over_the_storage_order():
-    # A large class and small ones: none may come first only because it had more to choose from.
+    # A large class and small ones: having more images to choose from must not move a class to the front.
     order = [entry.category for entry in choose(entries(a=5000, b=100, c=100), per_class=100, seed=0)]
     for start in range(0, 300, 100):
         counts = Counter(order[start : start + 100])

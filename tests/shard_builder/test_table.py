@@ -1,4 +1,4 @@
-"""Tables of images: RadImageNet's, which tell labels by their paths, and others with columns of labels."""
+"""Tables of images: RadImageNet's, with labels in the paths, and others with columns of labels."""
 
 import csv
 import io
@@ -56,8 +56,8 @@ def forms(radimagenet, tmp_path_factory):
             moved = arranged / modality / anatomy / folder.rpartition("/")[2] / name
             moved.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(shipped / "radiology_ai" / folder / name, moved)
-    for part, name in enumerate(("train", "val", "test")):
-        write(shipped / f"RadiologyAI_{name}.csv", ("filename", "label"), *rows[part::3])
+    for split, name in enumerate(("train", "val", "test")):
+        write(shipped / f"RadiologyAI_{name}.csv", ("filename", "label"), *rows[split::3])
     return shipped, arranged
 
 
@@ -105,8 +105,8 @@ def test_radimagenets_table_is_read_by_its_paths_wherever_the_images_lie(forms, 
     with pytest.raises(InputError) as caught:
         scan_table([elsewhere], tmp_path, ())
     assert re.fullmatch(
-        r".*split\.csv, row 2: its image, CT/.*\.png, is not in .* \(165 of 165 images are not there\): name their "
-        r"folder, as in `modan-fast shard FOLDER --table split\.csv`, correct the table, or pass --skip-missing",
+        r".*split\.csv, row 2: its image, CT/.*\.png, is not in .* \(165 of 165 images are missing\): pass their "
+        r"folder as `source` and the table as `table=split\.csv`, correct the table, or pass `skip_missing=True`",
         str(caught.value),
     )
 
@@ -115,13 +115,13 @@ def test_a_folder_of_a_table_that_names_no_anatomy_can_be_given_one_as_in_a_tree
     save(tmp_path / "US/spleen2/a.png")
     save(tmp_path / "US/liver/a.png")
     table = write(tmp_path / "t.csv", ("filename", "label"), ("US/liver/a.png", "x"), ("US/spleen2/a.png", "x"))
-    with pytest.raises(InputError, match=r"t\.csv, row 3: US/spleen2 names no .*--anatomy US/spleen2=abd"):
+    with pytest.raises(InputError, match=r"t\.csv, row 3: US/spleen2 names no .*`anatomy=US/spleen2=abd`"):
         scan_table([table], tmp_path, ())
     given = scan_table([table], tmp_path, (), anatomy={"US/spleen2": "abd"})
     assert given.entries == scan_tree(tmp_path, anatomy={"US/spleen2": "abd"}).entries
     skipped = scan_table([table], tmp_path, (), skip_unknown=True)
     assert [each.source for each in skipped.rejected] == ["US/spleen2/a.png"]
-    with pytest.raises(InputError, match="--anatomy US/livr: no row"):
+    with pytest.raises(InputError, match="`anatomy=US/livr`: no row"):
         scan_table([table], tmp_path, (), anatomy={"US/livr": "abd", "US/spleen2": "abd"})
 
 
@@ -173,11 +173,11 @@ def test_modality_and_anatomy_are_the_fields_by_default_and_the_patient_is_writt
     written = b"".join(path.read_bytes() for path in (tmp_path / "set").iterdir())
     assert b"Hopper" not in written
     assert b"Ada" not in written
-    with pytest.raises(InputError, match="--fields patient: it identifies"):
+    with pytest.raises(InputError, match="`fields=patient`: it identifies"):
         build(labelled, tmp_path / "other", BuildOptions(fields="patient", **SMALL))
 
 
-def test_values_are_named_anew_and_an_empty_name_is_no_value(labelled, tmp_path):
+def test_a_value_map_renames_values_and_an_empty_name_removes_them(labelled, tmp_path):
     names = write(
         tmp_path / "names.csv", ("field", "from", "to"), ("anatomy", "thorax", "chest"), ("modality", "CT", "")
     )
@@ -188,7 +188,7 @@ def test_values_are_named_anew_and_an_empty_name_is_no_value(labelled, tmp_path)
         build(labelled, tmp_path / "set", BuildOptions(**SMALL))
 
 
-def test_names_apply_to_trees_too(tmp_path):
+def test_a_value_map_applies_to_trees_too(tmp_path):
     save(tmp_path / "tree/CR/lung/normal/a.png")
     names = write(tmp_path / "names.csv", ("field", "from", "to"), ("modality", "CR", "XR"))
     found = build(
@@ -210,7 +210,7 @@ def test_images_without_a_required_value_are_listed(labelled, tmp_path):
 def test_rows_without_an_image_stop_the_build_unless_they_are_to_be_left_out(labelled, tmp_path):
     (labelled.parent / "b/3.png").unlink()
     with pytest.raises(
-        InputError, match=r"table\.csv, row 5: its image, b/3\.png, .*\(1 of 6 images are not there\)"
+        InputError, match=r"table\.csv, row 5: its image, b/3\.png, .*\(1 of 6 images are missing\)"
     ):
         build(labelled, tmp_path / "set", BuildOptions(**SMALL))
     found = build(labelled, tmp_path / "set", BuildOptions(skip_missing=True, **SMALL)).manifest
@@ -237,7 +237,9 @@ def test_a_table_without_any_value_in_its_fields_is_an_error(labelled, tmp_path)
     table = write(
         labelled.parent / "bare.csv", ("path", "modality", "view"), ("b/4.png", "", ""), ("b/5.png", "", "")
     )
-    with pytest.raises(InputError, match="no image in .* has a value of modality: name others"):
+    with pytest.raises(
+        InputError, match="no image in .* has a value of modality: name other fields with `fields`"
+    ):
         build(table, tmp_path / "set", BuildOptions(**SMALL))
 
 
@@ -270,16 +272,16 @@ WRONG = [
     ("path,modality\n../a.png,CT\n", r"t\.csv, row 2: its path must be one within .*, without \.\."),
     ("path,modality\nC:\\a.png,CT\n", r"t\.csv, row 2: its path must be one within"),
     ("path,modality\n,CT\n", r"t\.csv, row 2: its path must be one within"),
-    ('path,modality\n"a.png,CT\n', r"t\.csv, row 2: no CSV: unexpected end of data"),
-    ("path,modality\na.png,caf\xe9\n", r"t\.csv is no text in UTF-8: save it as CSV in UTF-8"),
-    ("path,label\na.png,x\n", r"t\.csv, row 2: its path names no modality and anatomy: add columns with labels"),
+    ('path,modality\n"a.png,CT\n', r"t\.csv, row 2: is not valid CSV: unexpected end of data"),
+    ("path,modality\na.png,caf\xe9\n", r"t\.csv is not UTF-8 text: save it as CSV in UTF-8"),
+    ("path,label\na.png,x\n", r"t\.csv, row 2: its path names no modality and anatomy: add columns of labels"),
     (
         "path,label\nCT/x/a.png,x\n",
-        r"t\.csv, row 2: CT/x names no modality and anatomy: give it one with --anatomy",
+        r"t\.csv, row 2: CT/x names no modality and anatomy: name the anatomy with `anatomy=CT/x=abd`",
     ),
     (
         "path,modality\nb.png,CT\n",
-        r"t\.csv, row 2: its image, b\.png, is not in .* \(1 of 1 images are not there\)",
+        r"t\.csv, row 2: its image, b\.png, is not in .* \(1 of 1 images are missing\)",
     ),
 ]
 
@@ -299,13 +301,13 @@ def test_a_table_that_cannot_be_used_is_named_with_its_row(text, message, tmp_pa
     [
         (
             {"fields": "modality,vew"},
-            r"--fields vew: .*table\.csv has no such field, but modality, anatomy, view, l",
+            r"`fields=vew`: .*table\.csv has no such field, but modality, anatomy, view, l",
         ),
-        ({"fields": "path"}, r"--fields path: it identifies"),
-        ({"require": "view"}, r"--require view: it is none of the label fields modality, anatomy"),
+        ({"fields": "path"}, r"`fields=path`: it identifies"),
+        ({"require": "view"}, r"`require=view`: it is none of the label fields modality, anatomy"),
         (
             {"anatomy": ("US/x=abd",)},
-            r"--anatomy is for labels by folder, and .*table\.csv has columns with labels",
+            r"`anatomy` is for labels from folders, and .*table\.csv has columns of labels: rename values with `map`",
         ),
         ({"table": ("none.csv",)}, r"none\.csv cannot be read: No such file"),
         ({"map": "none.csv"}, r"none\.csv cannot be read: No such file"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from shard_builder.build import build
-from shard_builder.index import Component, format_index
+from shard_builder.index import Member, format_index
 from shard_builder.manifest import Manifest
 from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError
@@ -41,14 +41,14 @@ def members(tar):
         return {each.name: opened.extractfile(each).read() for each in opened}
 
 
-def place(tar, name):
-    """Where the member's bytes are in the tar, and how many."""
+def span(tar, name):
+    """Offset and size of a member's bytes in the tar."""
     with tarfile.open(tar) as opened:
         return opened.getmember(name).offset_data, opened.getmember(name).size
 
 
 def write(folder, changed):
-    """Write the second shard anew with other members, and an index and a manifest that fit it."""
+    """Write the second shard again with changed members, and an index and a manifest that fit it."""
     tar = folder / "shard-000001.tar"
     whole, lines = {**members(tar), **changed}, []
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as opened:
@@ -60,7 +60,7 @@ def write(folder, changed):
         for member in opened:
             if member.name.endswith("png"):
                 lines.append([])
-            lines[-1].append(Component(member.name[9:], member.offset_data, member.size, member.name))
+            lines[-1].append(Member(member.name[9:], member.offset_data, member.size, member.name))
     tar.with_suffix(".idx").write_text(format_index(lines))
     manifest = json.loads((folder / "manifest.json").read_text())
     data = tar.read_bytes()
@@ -104,17 +104,17 @@ def test_each_changed_byte_is_found_and_its_member_is_named_where_it_can_be(whol
 
 def test_a_tar_that_ends_early_is_named_by_the_member_that_it_ends_in(made):
     tar = made / "shard-000001.tar"
-    offset, _ = place(tar, "00000031.png")
+    offset, _ = span(tar, "00000031.png")
     tar.write_bytes(tar.read_bytes()[: offset + 100])
     assert verify(made).damage == ["shard-000001.tar: 00000031.png: the tar ends within it"]
     tar.unlink()
     assert verify(made).damage == ["shard-000001.tar: cannot be read: No such file or directory"]
 
 
-def test_what_lies_between_and_behind_the_members_is_looked_at_too(made):
+def test_bytes_between_and_after_the_members_are_checked_too(made):
     tar = made / "shard-000001.tar"
     content = bytearray(tar.read_bytes())
-    offset, size = place(tar, "00000030.json")
+    offset, size = span(tar, "00000030.json")
     content[offset + size] = 1
     tar.write_bytes(content)
     assert verify(made, workers=1).damage == [
@@ -157,6 +157,7 @@ METADATA = {"fields": {"modality": "CT", "anatomy": "lung"}, "class": "CT/lung/N
         ("json", b"{", "is no object with fields, class and source"),
         ("json", b"[]", "is no object with fields, class and source"),
         ("json", json.dumps({**METADATA, "fields": {"view": "ap"}}).encode(), "is no object with fields"),
+        ("json", json.dumps({**METADATA, "fields": ["modality"]}).encode(), "is no object with fields"),
         (
             "json",
             json.dumps({**METADATA, "fields": {"modality": "PT"}}).encode(),
@@ -180,12 +181,12 @@ def test_a_wrong_index_is_named(made):
     lines = index.read_text()
     index.write_text(lines.replace("png 512 ", "png 513 ", 1))
     assert verify(made, workers=1).damage == [
-        "shard-000000.tar: 00000000.png: its index shard-000000.idx has another entry in its place"
+        "shard-000000.tar: 00000000.png: its entry in the index shard-000000.idx is wrong"
     ]
     first, rest = lines.split("\n", 2)[:2], lines.split("\n", 2)[2]
     index.write_text("\n".join([first[0], first[1] + " png 99 5 evil.png", rest]))
     assert verify(made, workers=1).damage == [
-        "shard-000000.tar: 00000000.json: its index shard-000000.idx has more entries after it"
+        "shard-000000.tar: 00000000.json: the index shard-000000.idx has more entries after it"
     ]
     index.write_text("v1.2 0\n")
     (line,) = verify(made, workers=1).damage
@@ -194,7 +195,7 @@ def test_a_wrong_index_is_named(made):
     assert "its index shard-000000.idx is damaged" in verify(made, workers=1).damage[0]
 
 
-def test_all_bad_shards_are_told_in_order_and_so_is_a_tar_or_index_that_is_not_listed(made):
+def test_all_bad_shards_are_listed_in_order_and_so_is_a_tar_or_index_that_the_manifest_lacks(made):
     shutil.copy(made / "shard-000002.tar", made / "shard-000009.tar")
     shutil.copy(made / "shard-000002.idx", made / "shard-000008.idx")
     for number in (2, 0):
@@ -209,7 +210,7 @@ def test_all_bad_shards_are_told_in_order_and_so_is_a_tar_or_index_that_is_not_l
 
 def test_a_damaged_manifest_is_damage_and_none_at_all_is_wrong_use(made, tmp_path):
     (made / "manifest.json").write_text("{")
-    assert "manifest.json is no JSON" in verify(made).damage[0]
+    assert "manifest.json is not valid JSON" in verify(made).damage[0]
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="make one with"):
             verify(folder)

@@ -1,4 +1,4 @@
-"""Work that is shared: every job is done once, by processes, by any executor, and by a Dask cluster."""
+"""Every job is done once, by processes, by any executor, and by a Dask cluster."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from shard_builder.workers import Job, Workers, workers_of
 
 
 class Mortal(Executor):
-    """Dies of some numbers, and takes with it what is under way."""
+    """Dies of the numbers `deadly`, and with it all running jobs."""
 
     def __init__(self, deadly):
         self.deadly, self.dead, self.running = deadly, False, []
@@ -46,7 +46,7 @@ class Mortal(Executor):
 def halves(job):
     (numbers,) = job.arguments
     middle = len(numbers) // 2
-    return [Job(part, (part,)) for part in (numbers[:middle], numbers[middle:])] if middle else []
+    return [Job(half, (half,)) for half in (numbers[:middle], numbers[middle:])] if middle else []
 
 
 @given(st.lists(st.integers(1, 9), max_size=8), st.sets(st.integers(0, 40), max_size=3), st.integers(1, 4))
@@ -73,7 +73,7 @@ def test_any_other_error_is_raised():
         list(Workers(2, lambda: pool).finish(divmod, [Job(0, (1, 0))]))
 
 
-def test_the_callers_executor_is_never_closed_also_where_it_is_broken():
+def test_the_callers_executor_is_never_closed_even_if_it_is_broken():
     class Broken(ThreadPoolExecutor):
         def submit(self, *_, **__):
             raise BrokenExecutor
@@ -84,7 +84,7 @@ def test_the_callers_executor_is_never_closed_also_where_it_is_broken():
         assert not pool._shutdown
 
 
-def test_work_that_a_cluster_gives_up_is_an_error_of_one_line():
+def test_jobs_that_a_cluster_cancels_are_an_error_of_one_line():
     class Leaving(Executor):
         def submit(self, *_):
             future = Future()
@@ -92,11 +92,11 @@ def test_work_that_a_cluster_gives_up_is_an_error_of_one_line():
             future.set_running_or_notify_cancel()
             return future
 
-    with pytest.raises(OSError, match="the workers have been taken away: the same command continues"):
+    with pytest.raises(OSError, match="the workers are gone: run the same command again to continue"):
         list(Workers(2, Leaving).finish(divmod, [Job(0, (1, 1))]))
 
 
-def test_no_more_than_two_jobs_a_worker_are_under_way():
+def test_no_more_than_two_jobs_per_worker_run_at_a_time():
     taken = []
 
     def jobs():
@@ -132,8 +132,8 @@ def cluster(tmp_path_factory, killer):
     pytest.importorskip("distributed", reason="Dask is not installed")
     folder = tmp_path_factory.mktemp("dask")
     file = folder / "scheduler.json"
-    here = ["--host", "127.0.0.1", "--no-dashboard"]
-    commands = [["dask_scheduler", "--port", "0", *here], *[["dask_worker", "--nthreads", "1", *here]] * 2]
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    commands = [["dask_scheduler", "--port", "0", *local], *[["dask_worker", "--nthreads", "1", *local]] * 2]
     # A worker's first death counts, and not its fourth, so that the tests are short.
     environment = os.environ | killer(folder, DIE) | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
     running = [
@@ -183,10 +183,10 @@ def test_a_dask_scheduler_that_does_not_answer_is_an_error(tree, tmp_path):
         build(tree, tmp_path / "set", BuildOptions(dask="tcp://127.0.0.1:1", **SMALL))
 
 
-def test_without_dask_the_option_tells_what_to_install(monkeypatch):
+def test_without_dask_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
-        pytest.raises(InputError, match=r"--dask needs Dask: pip install 'modan-fast\[dask\]'"),
+        pytest.raises(InputError, match=r"`dask` needs Dask: pip install 'modan-fast\[dask\]'"),
         workers_of(1, "tcp"),
     ):
         pass

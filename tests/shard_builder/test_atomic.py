@@ -1,0 +1,72 @@
+"""Files and folders that are written beside and renamed: whole or absent, also when several processes write them."""
+
+import re
+import stat
+
+import pytest
+
+from shard_builder.atomic import UNFINISHED, new_folder, new_private_file, replacing
+
+
+def write_file(path, text):
+    with replacing(path) as file:
+        file.write(text)
+
+
+def test_a_file_appears_when_it_is_complete_and_its_folders_with_it(tmp_path):
+    path = tmp_path / "a/b/file"
+    with replacing(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("writer", [replacing, new_private_file])
+def test_an_error_leaves_what_was_there(tmp_path, writer):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), writer(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_private_file_keeps_what_another_process_has_written_first(tmp_path):
+    path = tmp_path / "key"
+    with new_private_file(path) as file:
+        file.write(b"mine")
+        write_file(path, b"another")
+    assert path.read_bytes() == b"another"
+    assert [each.name for each in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_only_its_owner_may_read_a_private_file_also_while_it_is_written(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with new_private_file(tmp_path / "key") as file:
+        file.write(b"mine")
+        assert [stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()] == [0o600]
+    assert [(each.name, stat.S_IMODE(each.stat().st_mode)) for each in tmp_path.iterdir()] == [("key", 0o600)]
+
+
+def test_a_folder_appears_when_it_is_complete_and_an_error_leaves_nothing(tmp_path):
+    with new_folder(tmp_path / "a/b") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "a/b").exists()
+    assert [each.name for each in (tmp_path / "a/b").iterdir()] == ["file"]
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a/c") as folder:
+        (folder / "file").touch()
+        raise KeyboardInterrupt
+    assert [each.name for each in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_unfinished_names_are_recognised(tmp_path):
+    ours = re.compile(f"(file|folder){UNFINISHED}")
+    with replacing(tmp_path / "file"), new_folder(tmp_path / "folder"):
+        names = [each.name for each in tmp_path.iterdir()]
+    assert len(names) == 2
+    assert all(map(ours.fullmatch, [*names, "file.part"]))
+    assert not any(map(ours.fullmatch, ["file", "file.parts", "file.12.part"]))
