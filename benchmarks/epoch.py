@@ -1,262 +1,239 @@
 """How long is an epoch, from the published style of training to the ceiling, when one thing at a time is changed?
 
-The published rung decodes with Pillow in the training process, looks every label up by scanning a table of file
+The published rung decodes with Pillow in the training process, looks up every label by scanning a table of file
 names, and compares the label sets of all pairs of images in a Python loop. The ceiling is the last rung's step on one
-batch that never changes, so that no data is needed. An epoch is scaled from the steps that were timed.
+batch that never changes, so no data is needed. An epoch is scaled from the steps that were timed.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Protocol
 
 import torch
-from common import device_of, in_turn, options, positive, publish, synchronise
-from loader import augmented, members, shards_or_made
-from loss import published_loss
-from PIL import Image
+from common.baselines import TwoViews, augmentation, published_loss, read_file, torch_batches
+from common.images import image_files, shard_set
+from common.measuring import in_turn, options, positive, publish
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from modan_fast import models
-from modan_fast.config import PretrainConfig
-from modan_fast.loader import Batch, open_loader
+from modan_fast.config import PretrainConfig, Tier
+from modan_fast.devices import peak_memory, pick_device, synchronise, tuned_convolutions
+from modan_fast.loader import Batch, loader_of
 from modan_fast.losses import MulSupConLoss
-from modan_fast.machine import compute_type, peak_memory
-from modan_fast.pretrain import EpochClock
+from modan_fast.metrics import EpochClock
 from modan_fast.shards import ShardSet
-from modan_fast.step import Step, tuned_convolutions
+from modan_fast.step import EncoderWithHead, TrainState, new_encoder, new_head
 from shard_builder.settings import usable_cores
 
 WARM_UP = 2  # steps before those that are timed
 
-Update = Callable[[Batch], Tensor]
+Batches = Generator[Batch, None, None]
+
+
+class Training(Protocol):
+    """What is measured of a training; `TrainState` is one."""
+
+    def update(self, batch: Batch) -> None:
+        """Train one step on a batch."""
+
+    def metrics(self, samples: int) -> dict[str, float]:
+        """Numbers of the training so far, among them the `loss`."""
+
+
+class UsualTraining:
+    """A training step as it is usually written: contiguous layout, and fp16 autocast on a GPU."""
+
+    def __init__(
+        self, config: PretrainConfig, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        torch.manual_seed(config.seed)
+        encoder = new_encoder(config)
+        self.model = EncoderWithHead(encoder, new_head(config.method, 1, encoder.num_features)).to(device).train()
+        # Not fused, as `step.new_optimizer` is on a GPU.
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+        self.loss, self.device, self.on_gpu = loss, device, device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.on_gpu)
+        self.last_loss = torch.zeros(())
+
+    def update(self, batch: Batch) -> None:
+        """See `Training.update`."""
+        self.optimizer.zero_grad()
+        # Copied, because views of one channel count as contiguous in either layout.
+        views = batch.views.clone(memory_format=torch.contiguous_format)
+        with tuned_convolutions(), torch.autocast(self.device.type, torch.float16, enabled=self.on_gpu):
+            embeddings = self.model(views)
+        loss = self.loss(embeddings.float(), batch.labels.float())
+        with tuned_convolutions():
+            self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.last_loss = loss.detach()
+
+    def metrics(self, samples: int) -> dict[str, float]:
+        """See `Training.metrics`."""
+        return {"loss": self.last_loss.item()}
 
 
 @dataclass
 class Rung:
-    """Batches from `open` and what is done with one; `steps` of them are timed in a turn, after `warm_up`.
+    """One way of training: `steps` steps of `training` on batches from `open` are timed in a turn, after `warm_up`.
 
-    `gpu_gib` is the most memory that torch held on a GPU in a turn, this rung's and that of what others keep.
+    `waits` holds the share of each turn that the device waited for data. `gpu_gib` is the most memory that torch held
+    on the GPU in a turn, including what other rungs keep.
     """
 
     title: str
-    open: Callable[[], Iterator[Batch]]
-    update: Callable[[], Update]
+    open: Callable[[], Batches]
+    training: Callable[[], Training]
     steps: int
     warm_up: int = WARM_UP
     waits: list[float] = field(default_factory=list)
     gpu_gib: float = 0.0
 
 
-class Files(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Two views and the labels of each image file, as the published code reads them."""
-
-    def __init__(self, files: list[Path], table: list[tuple[str, bytes]], size: int) -> None:
-        self.files, self.table = files, table
-        self.transform = augmented(transforms, size, transforms.ToTensor(), published=True)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        path = self.files[index]
-        image = Image.open(path).convert("L")
-        bits = next(bits for name, bits in self.table if name == path.name)
-        return self.transform(image), self.transform(image), torch.tensor(list(bits), dtype=torch.uint8)
+def scanned_labels(files: list[Path], table: list[tuple[str, bytes]], index: int) -> Tensor:
+    """The label bits of a file, found as in the published code by scanning a table of file names."""
+    labels = next(labels for name, labels in table if name == files[index].name)
+    return torch.tensor(list(labels), dtype=torch.uint8)
 
 
-def extract(shards: ShardSet, folder: Path) -> tuple[list[Path], list[tuple[str, bytes]]]:
-    """The images as files in `folder`, and the table of their names and labels."""
-    table = []
-    for name, content in members(shards):
-        stem, _, kind = name.partition(".")
-        if kind == "png":
-            (folder / name).write_bytes(content)
-        elif kind == "labels":
-            table.append((f"{stem}.png", content))
-    return sorted(folder.iterdir()), table
+def file_batches(data: TwoViews, samples: int, batch_size: int, workers: int, device: torch.device) -> Batches:
+    """Batches of a torch DataLoader; the loss needs neither targets nor ids."""
+    for views, labels in torch_batches(data, samples, batch_size, workers, device):
+        yield Batch(views, labels, labels[:, 0].long(), torch.empty(0, dtype=torch.int64))
 
 
-def file_batches(files: Files, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Batches of a torch DataLoader, epoch after epoch."""
-    loader = DataLoader(
-        files,
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-    for _ in itertools.count():
-        for first, second, labels in loader:
-            views = torch.cat([first, second]).to(device, non_blocking=True)
-            there = labels.to(device, non_blocking=True)
-            yield Batch(views, there, there[:, 0].long(), torch.empty(0, dtype=torch.int64))
+def one_batch(batches: Batches) -> Batches:
+    """The first batch, again and again."""
+    batch = next(batches)
+    batches.close()
+    while True:
+        yield batch
 
 
-def usual_update(
-    config: PretrainConfig, device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Update:
-    """A training step as it is usually written: contiguous layout, and fp16 autocast on a GPU."""
-    torch.manual_seed(0)
-    model = models.Pretrainee(models.encoder(config.stem), models.head(config.method, 1)).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    on_gpu = device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
-
-    def update(batch: Batch) -> Tensor:
-        optimizer.zero_grad()
-        # Copied, because views of one channel count as contiguous in either layout.
-        views = batch.views.clone(memory_format=torch.contiguous_format)
-        with tuned_convolutions(), torch.autocast(device.type, torch.float16, enabled=on_gpu):
-            embeddings = model(views)
-        value = loss(embeddings.float(), batch.labels.float())
-        with tuned_convolutions():
-            scaler.scale(value).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        return value.detach()
-
-    return update
-
-
-def our_update(config: PretrainConfig, device: torch.device) -> Update:
-    """modan-fast's training step."""
-    step = Step(config, classes=1, steps=1, device=device)
-    return lambda batch: step.update(batch, 0)
-
-
-def turn(rung: Rung, update: Callable[[], Update], epoch: int, device: torch.device) -> list[float]:
-    """One timing: the seconds of an epoch, scaled from the rung's steps."""
-    batches = rung.open()
-    step = update()
+def turn(rung: Rung, epoch_steps: int, device: torch.device) -> list[float]:
+    """One timing: the seconds of an epoch of `epoch_steps` steps, scaled from the rung's steps."""
+    training = rung.training()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    for batch in itertools.islice(batches, rung.warm_up):
-        loss = step(batch)
-    assert torch.isfinite(loss), f"{rung.title}: the loss is {loss}"
-    synchronise(device)
-    clock, begun = EpochClock(device), time.perf_counter()
-    for batch in itertools.islice(clock.watch(batches), rung.steps):
-        step(batch)
-    synchronise(device)
-    seconds = time.perf_counter() - begun
-    rung.waits.append(clock.wait_share)
+    with closing(rung.open()) as batches:
+        for batch in itertools.islice(batches, rung.warm_up):
+            training.update(batch)
+        loss = training.metrics(1)["loss"]
+        assert math.isfinite(loss), f"{rung.title}: the loss is {loss}"
+        synchronise(device)
+        clock = EpochClock(device)
+        for batch in itertools.islice(clock.watch(batches), rung.steps):
+            training.update(batch)
+        synchronise(device)
+        seconds = clock.seconds
+        rung.waits.append(clock.wait_share)
     if device.type == "cuda":
         rung.gpu_gib = max(rung.gpu_gib, torch.cuda.max_memory_reserved(device) / 2**30)
-    if hasattr(batches, "close"):
-        batches.close()
-    return [seconds / rung.steps * epoch]
+    return [seconds / rung.steps * epoch_steps]
 
 
-def rungs_of(arguments: Any, shards: ShardSet, scratch: Path, device: torch.device) -> list[Rung]:
-    """The ladder, from the bottom up."""
-    files, table = extract(shards, scratch)
+def rungs_of(
+    arguments: Namespace, shards: ShardSet, folder: Path, epoch_steps: int, device: torch.device
+) -> list[Rung]:
+    """The ladder, from the bottom up; the images are written to the new `folder` as files."""
+    files, labels = image_files(shards, folder)
+    table = [(path.name, bits) for path, bits in zip(files, labels, strict=True)]
     batch_size, size, steps = arguments.batch_size, arguments.image_size, arguments.steps
-    data = Files(files, table, size)
-    base = PretrainConfig(
-        batch_size=batch_size, image_size=size, stem=arguments.stem, shards=shards.place, renderer="dali"
+    transform = augmentation(transforms, size, transforms.ToTensor(), published=True)
+    data = TwoViews(partial(read_file, files), transform, partial(scanned_labels, files, table))
+    config = PretrainConfig(
+        batch_size=batch_size, image_size=size, stem=arguments.stem, shards=shards.location, renderer="dali"
     )
-    plain = replace(base, precision="float32", compile=False)
-    quick = replace(base, compile=False)
-    compiled = arguments.compile or device.type == "cuda"
-    last = replace(base, compile=compiled)
+    automatic = replace(config.resolved(shards.manifest.size), compile=False)
+    float32 = replace(automatic, precision="float32")
+    tier: Tier = "gpu" if device.type == "cuda" else "host"
 
-    def ours(store: Any, config: PretrainConfig) -> Callable[[], Iterator[Batch]]:
-        dtype = compute_type(config.precision, device)
-        loader = open_loader(replace(config, store=store), shards, device=device, dtype=dtype)
-        return loader.endless
+    def from_files(workers: int) -> Callable[[], Batches]:
+        return partial(file_batches, data, len(files), batch_size, workers, device)
 
-    from_files = partial(file_batches, data, batch_size)
-    vectorised = MulSupConLoss()
-    usual = partial(usual_update, base, device, vectorised)
-    kept = "gpu" if device.type == "cuda" else "host"
-    published = partial(usual_update, base, device, published_loss)
+    def ours(store: Tier, config: PretrainConfig) -> Callable[[], Batches]:
+        return loader_of(replace(config, store=store), shards, device=device).endless
+
+    # One training for all turns of a rung, because compiling takes long.
+    def our_training(config: PretrainConfig) -> Callable[[], Training]:
+        return cache(partial(TrainState, config, classes=1, steps=epoch_steps, device=device))
+
+    published = cache(partial(UsualTraining, automatic, device, published_loss))
+    usual = cache(partial(UsualTraining, automatic, device, MulSupConLoss()))
     cores = usable_cores()
     rungs = [
-        Rung("published style", partial(from_files, 0, device), published, arguments.slow_steps),
-        Rung("+ vectorised loss", partial(from_files, 0, device), usual, arguments.slow_steps),
-        # Their workers make two batches each ahead of time, which must not count as made while timed.
-        Rung(f"+ {cores} workers", partial(from_files, cores, device), usual, steps, WARM_UP + 2 * cores),
-        Rung("+ DALI, streaming", ours("stream", plain), usual, steps),
-        Rung("+ decode-once store", ours(kept, plain), usual, steps),
-        Rung("+ channels-last, own precision", ours(kept, quick), partial(our_update, quick, device), steps),
+        Rung("published style", from_files(0), published, arguments.slow_steps),
+        Rung("+ vectorised loss", from_files(0), usual, arguments.slow_steps),
+        # Each worker prepares two batches ahead of time; they are used up before the timing.
+        Rung(f"+ {cores} workers", from_files(cores), usual, steps, WARM_UP + 2 * cores),
+        Rung("+ DALI, streaming", ours("stream", float32), usual, steps),
+        Rung("+ decode-once store", ours(tier, float32), usual, steps),
+        Rung("+ channels-last, own precision", ours(tier, automatic), our_training(automatic), steps),
     ]
-    if compiled:
-        rungs.append(Rung("+ compile", rungs[-1].open, partial(our_update, last, device), steps))
+    if arguments.compile or device.type == "cuda":
+        compiled = replace(automatic, compile=True)
+        rungs.append(Rung("+ compile", rungs[-1].open, our_training(compiled), steps))
     top = rungs[-1]
-    batch = next(top.open())
-    rungs.append(Rung("ceiling: one batch again and again", lambda: itertools.repeat(batch), top.update, steps))
-    return rungs
+    return [
+        *rungs,
+        Rung("ceiling: one batch again and again", lambda: one_batch(top.open()), top.training, steps),
+    ]
 
 
 def main() -> None:
-    parser = options((__doc__ or "").split("\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument("--shards", type=Path, help="PNG shards; synthetic images if not given")
     parser.add_argument("--images-count", type=positive, default=1024, help="synthetic images to make")
     parser.add_argument("--image-size", type=positive, default=64, help="side of the views in pixels")
     parser.add_argument("--batch-size", type=positive, default=64, help="images in a batch")
     parser.add_argument("--stem", choices=("3x3", "7x7"), default="7x7", help="first convolution")
     parser.add_argument("--steps", type=positive, default=6, help="steps that a turn times")
-    parser.add_argument("--slow-steps", type=positive, default=3, help="the same of the first two rungs")
+    parser.add_argument("--slow-steps", type=positive, default=3, help="the same for the first two rungs")
     parser.add_argument("--compile", action="store_true", help="compile on a CPU, too")
     arguments = parser.parse_args()
-    device = device_of(arguments.device)
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        shards = shards_or_made(arguments.shards, scratch, arguments.images_count)
-        if shards.manifest.codec != "png" or shards.manifest.samples < 2 * arguments.batch_size:
-            parser.error("needs PNG shards, and as many images as two batches have")
-        (scratch / "files").mkdir()
-        rungs = rungs_of(arguments, shards, scratch / "files", device)
-        epoch = shards.manifest.samples // arguments.batch_size
-        # One step for all turns of a rung, because compiling takes long; the ceiling's is that of the rung below.
-        updates: dict[Any, Update] = {}
-
-        def made(rung: Rung) -> Update:
-            if rung.update not in updates:
-                updates[rung.update] = rung.update()
-            return updates[rung.update]
-
+    device = pick_device(arguments.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = shard_set(arguments.shards, Path(scratch), count=arguments.images_count)
+        samples = shards.manifest.samples
+        if shards.manifest.codec != "png" or samples < 2 * arguments.batch_size:
+            parser.error("needs PNG shards with at least two batches of images")
+        epoch_steps = samples // arguments.batch_size
+        rungs = rungs_of(arguments, shards, Path(scratch, "files"), epoch_steps, device)
         measured = in_turn(
-            {rung.title: partial(turn, rung, partial(made, rung), epoch, device) for rung in rungs},
+            {rung.title: partial(turn, rung, epoch_steps, device) for rung in rungs},
             arguments.rounds,
             "s an epoch",
         )
-        samples = shards.manifest.samples
-    times = {name: median(values) for name, values in measured.items()}
-    ceiling, top = rungs[-1], rungs[-2]
+    bottom, *_, top, ceiling = (rung.title for rung in rungs)
+    waits = ", ".join(f"{rung.title} {median(rung.waits):.1%}" for rung in rungs)
+    peaks = ", ".join(f"{name} {value:.1f}" for name, value in peak_memory(device).items())
     held = ", ".join(f"{rung.title} {rung.gpu_gib:.1f} GiB" for rung in rungs)
-    gpu_notes = [f"Most that torch held on the GPU: {held}."] if device.type == "cuda" else []
     publish(
         "epoch",
         measured,
         unit="s an epoch",
-        ratios={
-            f"{rungs[0].title} / {top.title}, of medians": times[rungs[0].title] / times[top.title],
-            f"{top.title} / {ceiling.title}, of medians": times[top.title] / times[ceiling.title],
-        },
+        ratios=[(bottom, top), (top, ceiling)],
         notes=[
-            f"{samples:,} images, {epoch} steps of {arguments.batch_size} images with two views of "
+            f"{samples:,} images, {epoch_steps} steps of {arguments.batch_size} images with two views of "
             f"{arguments.image_size} px, ResNet-18 with a {arguments.stem} stem. Every figure is scaled from "
             f"{arguments.steps} steps, those of the first two rungs from {arguments.slow_steps}.",
-            "Share of the time that the device waited for data: "
-            + ", ".join(f"{rung.title} {median(rung.waits):.1%}" for rung in rungs)
-            + ".",
-            f"Most memory of all rungs together: "
-            f"{', '.join(f'{name} {value:.1f}' for name, value in peak_memory(device).items())}.",
-            *gpu_notes,
+            f"Share of the time that the device waited for data: {waits}.",
+            f"Peak memory of all rungs together: {peaks}.",
+            *([f"Most memory that torch held on the GPU: {held}."] if device.type == "cuda" else []),
         ],
         arguments=arguments,
         device=device,

@@ -1,39 +1,39 @@
 """How fast is a grid of linear probes trained together, beside the same probes trained one by one?
 
-Both are the same code, given all heads of the grid or one; what is timed begins with the features at hand and ends
-with the scores. Both are checked to give the same predictions before any is timed. Folds have the sizes of a task's:
-five parts, of which one is for testing and a half for validation.
+Both run the same code, with all heads of the grid or with one. The timing starts with the extracted features and ends
+with the scores. Before the timing, both are checked to give the same predictions. Each fold tests on a fifth of the
+images and validates on a tenth, as in a real task.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
-from common import device_of, in_turn, options, positive, publish, synchronise
+from common.measuring import in_turn, options, positive, publish, timed
 from torch import Tensor
 
 from modan_fast.config import EvaluateConfig
+from modan_fast.devices import pick_device
 from modan_fast.downstream.probe import train_heads
-from modan_fast.downstream.tasks import FoldRun, Fold, Task
-from modan_fast.models import FEATURES
+from modan_fast.downstream.tasks import Fold, FoldRun, Task
+from modan_fast.encoders import Encoder
 
 
-def made_task(images: int) -> Task:
-    """A task of so many images, without any pixels, whose classes alternate."""
+def task_of(images: int) -> Task:
+    """A task of `images` images without pixels, whose classes alternate."""
     rows = np.random.default_rng(0).permutation(images)
-    parts = np.array_split(rows, 10)
+    tenths = np.array_split(rows, 10)
     folds = []
-    for fold in range(5):
-        test, val = np.concatenate(parts[2 * fold : 2 * fold + 2]), parts[(2 * fold + 2) % 10]
+    for first in range(0, 10, 2):
+        test, val = np.concatenate(tenths[first : first + 2]), tenths[(first + 2) % 10]
         folds.append(Fold(np.setdiff1d(rows, np.concatenate([test, val])), val, test))
     names = tuple(str(row) for row in range(images))
     return Task(
-        name="made",
+        name="synthetic",
         folder=Path(),
         images=names,
         labels=np.arange(images) % 2,
@@ -47,19 +47,20 @@ def made_task(images: int) -> Task:
 
 
 def main() -> None:
-    parser = options((__doc__ or "").split("\n", maxsplit=1)[0])
+    parser = options(__doc__)
     parser.add_argument(
         "--images", type=positive, default=349, help="of the task; 349 are those of the thyroid task"
     )
     parser.add_argument("--repeats", type=positive, default=10, help="of five folds; 10 give 50 probes")
     parser.add_argument("--epochs", type=positive, default=10, help="of each probe")
     arguments = parser.parse_args()
-    device = device_of(arguments.device)
+    device = pick_device(arguments.device)
 
-    task = made_task(arguments.images)
-    config = EvaluateConfig(init=("made",), epochs=arguments.epochs).resolved()
+    task = task_of(arguments.images)
+    config = EvaluateConfig(init=("scratch",), epochs=arguments.epochs).resolved()
     fold_runs = [FoldRun(repeat, fold) for repeat in range(1, arguments.repeats + 1) for fold in range(1, 6)]
-    noise = torch.randn(arguments.images, FEATURES, generator=torch.Generator().manual_seed(0))
+    shape = (arguments.images, Encoder.num_features)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     features = (noise + 0.1 * torch.from_numpy(task.labels)[:, None]).to(device)
 
     def together() -> Tensor:
@@ -72,30 +73,20 @@ def main() -> None:
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)
     largest = float((scores - alone).abs().max())
 
-    def turn(candidate: Callable[[], Tensor], times: int) -> Sequence[float]:
-        """Seconds of each of the times that a turn trains the grid."""
-        taken = []
-        for _ in range(times):
-            synchronise(device)
-            start = time.perf_counter()
-            candidate()
-            synchronise(device)
-            taken.append(time.perf_counter() - start)
-        return taken
-
     names = f"{len(fold_runs)} probes together", f"{len(fold_runs)} probes one by one"
-    measured = in_turn(
-        {names[0]: lambda: turn(together, 5), names[1]: lambda: turn(one_by_one, 1)}, arguments.rounds, "s"
-    )
+    turns: dict[str, Callable[[], list[float]]] = {
+        names[0]: partial(timed, together, device, times=5),
+        names[1]: partial(timed, one_by_one, device),
+    }
     publish(
         "probe",
-        measured,
+        in_turn(turns, arguments.rounds, "s"),
         unit="s a grid",
-        ratios={f"{names[1]} / {names[0]}, of medians": median(measured[names[1]]) / median(measured[names[0]])},
+        ratios=[(names[1], names[0])],
         notes=[
-            f"{arguments.images} images, {FEATURES} features, {arguments.epochs} epochs, batches of "
-            f"{config.batch_size}, {torch.get_num_threads()} threads; the features are at hand.",
-            f"The same code is given all probes or one; their scores differ by {largest:.1g} at most.",
+            f"{shape[0]} images, {shape[1]} features, {arguments.epochs} epochs, batches of {config.batch_size}, "
+            f"{torch.get_num_threads()} threads; feature extraction is not timed.",
+            f"The same code trains all probes or one; their scores differ by {largest:.1g} at most.",
         ],
         arguments=arguments,
         device=device,

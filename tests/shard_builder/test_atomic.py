@@ -8,9 +8,14 @@ import pytest
 from shard_builder.atomic import UNFINISHED, new_folder, new_private_file, replacing
 
 
-def write_file(path, text):
-    with replacing(path) as file:
-        file.write(text)
+def interrupted(writer, path):
+    """Begin to write a file or a folder, and stop."""
+    with writer(path) as made:
+        if writer is new_folder:
+            (made / "file").touch()
+        else:
+            made.write(b"half")
+        raise KeyboardInterrupt
 
 
 def test_a_file_appears_when_it_is_complete_and_its_folders_with_it(tmp_path):
@@ -26,9 +31,8 @@ def test_a_file_appears_when_it_is_complete_and_its_folders_with_it(tmp_path):
 def test_an_error_leaves_what_was_there(tmp_path, writer):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), writer(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(writer, path)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
@@ -37,7 +41,7 @@ def test_a_private_file_keeps_what_another_process_has_written_first(tmp_path):
     path = tmp_path / "key"
     with new_private_file(path) as file:
         file.write(b"mine")
-        write_file(path, b"another")
+        path.write_bytes(b"another")
     assert path.read_bytes() == b"another"
     assert [each.name for each in tmp_path.iterdir()] == ["key"]
 
@@ -57,9 +61,8 @@ def test_a_folder_appears_when_it_is_complete_and_an_error_leaves_nothing(tmp_pa
         (folder / "file").touch()
         assert not (tmp_path / "a/b").exists()
     assert [each.name for each in (tmp_path / "a/b").iterdir()] == ["file"]
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a/c") as folder:
-        (folder / "file").touch()
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(new_folder, tmp_path / "a/c")
     assert [each.name for each in (tmp_path / "a").iterdir()] == ["b"]
 
 

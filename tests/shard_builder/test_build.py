@@ -321,7 +321,7 @@ def test_leftovers_of_killed_builds_are_cleaned_up(tree, tmp_path):
 def test_a_folder_for_building_that_holds_anything_else_is_left_alone(tree, tmp_path):
     (tmp_path / ".set.building").mkdir()
     (tmp_path / ".set.building" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes\.txt, which is no part of a build: move it away"):
+    with pytest.raises(InputError, match=r"holds notes\.txt, which does not belong to a build: move it away"):
         build(tree, tmp_path / "set", BuildOptions(**SMALL))
     assert (tmp_path / ".set.building" / "notes.txt").exists()
 

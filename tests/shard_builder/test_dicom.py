@@ -265,7 +265,9 @@ def test_a_folder_is_what_most_of_its_files_are_and_many_of_either_are_refused(t
     assert (tree.options["source"]["form"], tree.samples, tree.rejected) == ("tree", 12, [])
     # Previews beside patients' files: folder names must not become labels.
     save(source / "CT/lung/x/another")
-    with pytest.raises(InputError, match="holds DICOM files among its PNG or JPEG images: shard either"):
+    with pytest.raises(
+        InputError, match="holds DICOM files among its PNG or JPEG images: shard each from a folder of its own"
+    ):
         build(source, tmp_path / "mixed", BuildOptions(**SMALL))
     # The content of a file decides, not its name.
     for number in range(6):
@@ -321,7 +323,7 @@ def test_a_dicomdir_names_the_files_that_are_packed(tmp_path):
         hashed(tmp_path / "set.key", path): reason for path in listed[-2:]
     }
     (tmp_path / "DICOMDIR").write_text("no directory")
-    with pytest.raises(InputError, match="DICOMDIR is no DICOM directory"):
+    with pytest.raises(InputError, match="DICOMDIR is not a DICOM directory"):
         build(tmp_path / "DICOMDIR", tmp_path / "other", BuildOptions(**SMALL))
 
 
@@ -333,7 +335,7 @@ def test_a_directory_cannot_lead_out_of_its_folder(tmp_path):
     (tmp_path / "disc").mkdir()
     directory.save_as(tmp_path / "disc/DICOMDIR", enforce_file_format=True)
     save(tmp_path / "outside")
-    with pytest.raises(InputError, match="DICOMDIR is no DICOM directory"):
+    with pytest.raises(InputError, match="DICOMDIR is not a DICOM directory"):
         build(tmp_path / "disc/DICOMDIR", tmp_path / "set", BuildOptions(**SMALL))
 
 
@@ -467,7 +469,7 @@ def test_the_same_key_gives_the_same_bytes_with_any_number_of_workers(tmp_path, 
     assert not set(metadata_of(tmp_path / "one")) & set(metadata_of(tmp_path / "three"))
     (tmp_path / "bad").write_text("short")
     with pytest.raises(
-        InputError, match="bad is no key of 64 hexadecimal digits: choose another file with `key`"
+        InputError, match="bad is not a key of 64 hexadecimal digits: choose another file with `key`"
     ):
         build(tmp_path / "in", tmp_path / "four", BuildOptions(key=tmp_path / "bad", **SMALL))
 

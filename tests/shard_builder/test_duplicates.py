@@ -13,10 +13,10 @@ from PIL import Image
 
 from shard_builder.build import build
 from shard_builder.duplicates import duplicate_reasons, find_duplicates
+from shard_builder.entries import Entry
 from shard_builder.options import BuildOptions
 from shard_builder.pack import ROW, digest
 from shard_builder.pseudonym import pseudonym
-from shard_builder.entries import Entry
 
 SMALL = {"size": 24, "workers": 1, "samples_per_shard": 20}
 

@@ -151,7 +151,7 @@ def test_files_that_do_not_fit_are_named(made):
     index.unlink()
     fails(r"shard-000001\.idx cannot be read \(No such file")
     shutil.copy(made / "shard-000002.idx", index)
-    fails(r"shard-000001\.idx does not fit its shard: it says 'v1\.2 10'")
+    fails(r"shard-000001\.idx does not fit its shard: its first line is 'v1\.2 10'")
     index.write_bytes(b"\xff\xfe")
     fails(r"shard-000001\.idx does not fit its shard")
     index.write_bytes(lines.replace(b".json\n", b".json\n\n", 1))

@@ -5,34 +5,45 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-UNFINISHED = r"(\.[0-9a-f]{8}\.part)"
-"""Regular expression of what follows a file's or folder's name while it is being written."""
+UNFINISHED = r"((\.[0-9a-f]{8})?\.part)"
+"""Regular expression of what follows a file's or folder's name while it is being written.
+
+The first versions wrote no hexadecimal token.
+"""
 
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write, which becomes `path` once it is complete. On an error `path` stays as it was.
 
-    A durable file is on the disk before it gets its name, so that not even a power cut leaves half of it. Missing
-    parent folders are made.
+    A durable file is on the disk before it gets its name, so not even a power cut leaves half of it. Missing parent
+    folders are made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with _written_beside(path, os.replace, durable=durable) as file:
+        yield file
+
+
+@contextmanager
+def new_private_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that only its owner may read, which becomes `path` once it is complete.
+
+    If another process has made `path` by then, that file stays. Missing parent folders are made.
+    """
+
+    def link(beside: Path, path: Path) -> None:
+        try:
+            with suppress(FileExistsError):
+                os.link(beside, path)
+        except OSError:  # a file system without hard links
+            os.replace(beside, path)
+
+    with _written_beside(path, link, mode=0o600) as file:
+        yield file
 
 
 @contextmanager
@@ -52,6 +63,23 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _written_beside(
+    path: Path, commit: Callable[[Path, Path], None], *, durable: bool = True, mode: int = 0o666
+) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    try:
+        with open(beside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        commit(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""File bytes to a canvas of grey pixels, and pixels to stored bytes. C x C canvas."""
+"""PNG and JPEG files to grey pixels, resizing to the C x C canvas, and encoding for storage."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from PIL import Image, UnidentifiedImageError
 
 from shard_builder.manifest import Codec
 
-# Together they keep a worker below 1 GiB, whatever a file holds or declares.
-MAX_PIXELS = 2**26  # 8192 x 8192: decoded, as 4 bytes a pixel, 256 MiB
-MAX_BYTES = 2**28
+# With these two limits a worker needs less than 1 GiB, whatever a file holds or declares.
+MAX_PIXELS = 2**26  # 8192 x 8192; 256 MiB when decoded to 4 bytes per pixel
+MAX_BYTES = 2**28  # of a file
 
 
 class ImageError(ValueError):
-    """An image that cannot be packed. The message is the reason, short, stable and without a path."""
+    """An image that cannot be packed. The message is the reason: short, stable, and without a path."""
 
 
 def read(path: Path) -> bytes:
-    """The bytes of the image file at `path`; raises `ImageError` where they cannot be read or are too many."""
+    """The bytes of an image file; raises `ImageError` if it cannot be read or is too large."""
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
@@ -43,15 +43,15 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """The image in the PNG or JPEG file `data` as grey pixels (height, width) uint8.
 
     Colour becomes luma (ITU-R 601), alpha is dropped, 16-bit grey is scaled by the bits that it uses (see `_grey`),
-    and an EXIF orientation is ignored, as the readers of the downstream images do. Raises `ImageError` with the
-    reason where there is no whole image.
+    and EXIF orientation is ignored, as it is when downstream images are read. Raises `ImageError` with the reason if
+    `data` is no whole image.
     """
     if not data:
         raise ImageError("empty file")
     try:
-        with silenced():  # what Pillow warns of is refused here
+        with silenced():  # Pillow only warns of images that are refused below
             opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        # Before any pixel is decoded: a few bytes can declare a picture that fills the memory.
+        # Before any pixel is decoded: a few bytes can declare an image that fills the memory.
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageError(f"declares over {MAX_PIXELS:,} pixels")
         if opened.format == "PNG":
@@ -64,35 +64,35 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise ImageError("not a PNG or JPEG image") from None
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbles over
+    except Exception as error:  # damaged files raise errors of any type
         raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from None
 
 
 def check_png(data: bytes) -> None:
-    """Raise `ImageError` where a PNG file ends before its last chunk, or a chunk has another checksum than it says.
+    """Raise `ImageError` if a PNG file ends before its last chunk, or the checksum of a chunk is wrong.
 
-    Pillow does not look at the checksums of the pixels, and would show wrong ones.
+    Pillow ignores the checksums of the chunks that hold pixels, and would decode wrong pixels.
     """
-    place, kind = 8, b""
+    start, kind = 8, b""
     while kind != b"IEND":
-        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        end = start + 8 + int.from_bytes(data[start : start + 4], "big")
         if end + 4 > len(data):
             raise ImageError("truncated")
-        kind, checksum = data[place + 4 : place + 8], int.from_bytes(data[end : end + 4], "big")
-        if checksum != zlib.crc32(memoryview(data)[place + 4 : end]):
+        kind, checksum = data[start + 4 : start + 8], int.from_bytes(data[end : end + 4], "big")
+        if checksum != zlib.crc32(memoryview(data)[start + 4 : end]):
             raise ImageError(f"damaged: the checksum of its {ascii(kind)[2:-1]} chunk is wrong")
-        place = end + 4
+        start = end + 4
 
 
 def stretch(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The grey pixels (height, width) uint8 on the canvas (size, size), by antialiased bilinear resampling."""
+    """Resize grey pixels (height, width) uint8 to (size, size) by antialiased bilinear resampling."""
     if pixels.shape == (size, size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def encode(pixels: NDArray[np.uint8], codec: Codec) -> bytes:
-    """The grey pixels (C, C) uint8 as the bytes of a PNG or JPEG (quality 95) file, or as they are (raw)."""
+    """Grey pixels (C, C) uint8 as the bytes of a PNG or JPEG (quality 95) file, or unchanged (raw)."""
     if codec == "raw":
         return pixels.tobytes()
     if codec == "png":
@@ -103,10 +103,10 @@ def encode(pixels: NDArray[np.uint8], codec: Codec) -> bytes:
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG file of grey pixels (height, width) whose rows are differences from the row above (filter Up).
+    """A PNG file of grey pixels (height, width): each row minus the row above (filter Up), deflated by runs alone.
 
-    On medical images, deflated by runs alone, it takes less than half the time of Pillow's fastest level and fewer
-    bytes. Pillow's default level saves another tenth in six times the time.
+    On medical images this takes less than half the time of Pillow's fastest level, and fewer bytes. Pillow's default
+    level saves another tenth of the bytes in six times the time.
     """
     height, width = pixels.shape
     rows = np.empty((height, 1 + width), np.uint8)
@@ -116,16 +116,16 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     deflate = zlib.compressobj(level=1, memLevel=9, strategy=zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits, grey, not interlaced
     chunks = ((b"IHDR", header), (b"IDAT", deflate.compress(rows.data) + deflate.flush()), (b"IEND", b""))
-    parts = [
-        struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(b, zlib.crc32(k))) for k, b in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    file = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in chunks:
+        file += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))]
+    return b"".join(file)
 
 
 def _grey(opened: Image.Image) -> Image.Image:
     if not opened.mode.startswith("I"):
         return opened if opened.mode == "L" else opened.convert("L")
-    # 16 bits a pixel, of which scanners use 10, 12 or 14: white is the most that as many bits can hold.
+    # Scanners use 10, 12 or 14 of the 16 bits: white is the largest value of the bits in use.
     deep = np.asarray(opened).clip(0, 65535).astype(np.uint32)
     white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if deep.max() < 2**bits)
     deep *= 255  # in place: an image may have millions of pixels
@@ -141,9 +141,9 @@ _lock = threading.Lock()
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Without warnings and log lines: those of the libraries that read files quote what they read.
+    """Without warnings and log lines, because libraries quote in them what they read from files.
 
-    Both are switched off for the whole process, so with several threads inside the last one out switches them on.
+    Both are off for the whole process; with several threads inside, the last one to leave turns them on again.
     """
     global _inside  # noqa: PLW0603
     with _lock:

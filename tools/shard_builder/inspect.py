@@ -1,4 +1,4 @@
-"""What a finished shard set holds, read by its indices. S samples, K label bits."""
+"""Read a finished shard set: its labels, counts, images, and a description. S samples, K label bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shard_builder.settings import InputError, Progress, no_progress
 
 @dataclass(frozen=True)
 class Contents:
-    """A shard set: `labels` (S, K) uint8, 0/1, and `targets` (S,) int32, class indices, in storage order."""
+    """A shard set with its labels in storage order: `labels` (S, K) uint8, 0/1, `targets` (S,) int32 class indices."""
 
     folder: Path
     manifest: Manifest
@@ -28,7 +28,7 @@ class Contents:
 
     @property
     def values(self) -> dict[str, dict[str, int]]:
-        """Samples of each value of each field; those without a value are under the empty text."""
+        """The number of samples with each value of each field; the empty text counts those without a value."""
         counts, start = {}, 0
         for name, vocabulary in self.manifest.fields.items():
             bits = self.labels[:, start : start + len(vocabulary)]
@@ -40,7 +40,7 @@ class Contents:
 
     @property
     def classes(self) -> dict[str, int]:
-        """Samples of each class."""
+        """The number of samples of each class."""
         counts = np.bincount(self.targets, minlength=len(self.manifest.classes))
         return dict(zip(self.manifest.classes, counts.tolist(), strict=True))
 
@@ -56,7 +56,7 @@ class Contents:
 
 
 def read_contents(folder: Path, progress: Progress = no_progress) -> Contents:
-    """Read the labels of all samples; raises `InputError` where there is no whole shard set in `folder`."""
+    """Read the labels of all samples; raises `InputError` if `folder` holds no whole shard set."""
     manifest = Manifest.load(folder)
     manifest.check_files(folder)
     labels = np.empty((manifest.samples, manifest.bits), np.uint8)
@@ -66,32 +66,32 @@ def read_contents(folder: Path, progress: Progress = no_progress) -> Contents:
         tar = folder / shard.name
         try:
             with open(tar, "rb") as file:
-                for components in parse_index(tar.with_suffix(".idx").read_text("ascii")):
-                    for into, (_, offset, size, _) in zip((labels, targets), components[1:3], strict=True):
-                        file.seek(offset)
-                        into[sample] = np.frombuffer(file.read(size), into.dtype)
+                for members in parse_index(tar.with_suffix(".idx").read_text("ascii")):
+                    for array, member in zip((labels, targets), members[1:3], strict=True):
+                        file.seek(member.offset)
+                        array[sample] = np.frombuffer(file.read(member.size), array.dtype)
                     sample += 1
         except ValueError:
-            raise InputError(f"{tar} is damaged: `modan-fast verify {folder}` tells more") from None
+            raise InputError(f"{tar} is damaged: run `modan-fast verify {folder}` for details") from None
         progress("reading", done, len(manifest.shards), "")
     if manifest.samples and not 0 <= targets.min() <= targets.max() < len(manifest.classes):
-        raise InputError(f"{folder} is damaged: `modan-fast verify {folder}` tells more")
+        raise InputError(f"{folder} is damaged: run `modan-fast verify {folder}` for details")
     return Contents(folder, manifest, labels, targets[:, 0])
 
 
 def read_images(folder: Path, manifest: Manifest, samples: Iterable[int]) -> Iterator[Image.Image]:
-    """The grey images of these samples, by ids, one at a time."""
+    """The grey images of the samples with these ids, one at a time."""
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     parsed = -1
     for sample in samples:
         number = int(np.searchsorted(starts, sample, "right")) - 1
         tar = folder / manifest.shards[number].name
         if number != parsed:
-            components, parsed = parse_index(tar.with_suffix(".idx").read_text("ascii")), number
-        _, offset, size, _ = components[sample - int(starts[number])][0]
+            index, parsed = parse_index(tar.with_suffix(".idx").read_text("ascii")), number
+        image = index[sample - int(starts[number])][0]
         with open(tar, "rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+            file.seek(image.offset)
+            data = file.read(image.size)
         if manifest.codec == "raw":
             yield Image.frombytes("L", (manifest.size, manifest.size), data)
         else:
@@ -99,13 +99,13 @@ def read_images(folder: Path, manifest: Manifest, samples: Iterable[int]) -> Ite
 
 
 def kinds(rejected: Iterable[Rejected]) -> dict[str, int]:
-    """How many were rejected for each kind of reason (the text before a colon), most first."""
+    """The number of rejections for each kind of reason (its text before a colon), most frequent first."""
     counts = Counter(each.reason.partition(":")[0] for each in rejected)
     return dict(sorted(counts.items(), key=lambda kind: (-kind[1], kind[0])))
 
 
 def describe(contents: Contents) -> str:
-    """The set in lines of text."""
+    """The shard set as lines of text: its size, and counts of labels, classes and rejections."""
     manifest = contents.manifest
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [

@@ -1,4 +1,4 @@
-"""Label fields (modality, anatomy, ...) to sorted vocabularies, and to multi-hot bits. K bits in all."""
+"""Labels as numbers: sorted vocabularies of the label fields, and multi-hot bits. K bits in all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RADIMAGENET_US = {
     **dict.fromkeys(_US_ABD.split(), "abd"),
     **dict.fromkeys(("thyroid", "thyroid_nodule"), "thyroid"),
 }
-"""Anatomy of RadImageNet's 15 ultrasound classes, whose folders `US/class` have no anatomy level as shipped."""
+"""Anatomy of RadImageNet's 15 ultrasound classes. As shipped, their folders `US/class` have no anatomy level."""
 
 
 def vocabularies(names: Sequence[str], rows: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
@@ -26,14 +26,14 @@ def vocabularies(names: Sequence[str], rows: Iterable[Mapping[str, str]]) -> dic
 
 
 def bit_names(fields: Mapping[str, Sequence[str]]) -> list[str]:
-    """The K bits in order, such as `modality=CT`, of the vocabularies `fields`."""
+    """The names of the K bits in order, such as `modality=CT`; `fields` maps each field to its vocabulary."""
     return [f"{name}={value}" for name, values in fields.items() for value in values]
 
 
 def multi_hot(row: Mapping[str, str], fields: Mapping[str, Sequence[str]]) -> NDArray[np.uint8]:
     """The labels (K,) uint8, 0/1, of one image. A missing value sets no bit.
 
-    Raises `ValueError` for a value which its field's vocabulary lacks.
+    Raises `ValueError` for a value that is not in its field's vocabulary.
     """
     bits = np.zeros(sum(map(len, fields.values())), np.uint8)
     start = 0

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a shard set holds, and whether its files are whole."""
+"""`manifest.json`: what a shard set holds; reads and writes it, and checks the set's files against it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,12 +23,12 @@ EXTENSIONS: dict[Codec, str] = {"png": "png", "jpeg": "jpg", "raw": "raw"}  # of
 
 
 class OtherFormatError(InputError):
-    """A set of another format version: whole, it may be, but not for this program to say."""
+    """A set of a format version that this program cannot read. The set may be whole."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, how many samples and bytes it has, and the SHA-256 of these bytes."""
+    """One tar: its file name, the number of its samples and bytes, and its SHA-256."""
 
     name: str
     samples: int
@@ -38,7 +38,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Rejected:
-    """An image, or a folder, that is in no shard: its path within the source, and a short reason."""
+    """An image or folder that is in no shard: its path within the source, or a hash of it, and a short reason."""
 
     source: str
     reason: str
@@ -48,8 +48,8 @@ class Rejected:
 class Manifest:
     """The contents of a shard set.
 
-    `size` is the side of the square images in pixels; `fields` maps each label field to its sorted vocabulary,
-    in the order of the multi-hot bits; `classes` are sorted, and `.target` members count in them; `options` are
+    `size` is the side of the square images in pixels. `fields` maps each label field to its sorted vocabulary, in
+    the order of the multi-hot bits. `classes` are sorted; a `.target` member is an index into them. `options` are
     those that shape the content.
     """
 
@@ -75,7 +75,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read the manifest in `folder`; raises `InputError` where there is none or it is malformed."""
+        """Read the manifest in `folder`; raises `InputError` if it is missing or malformed."""
         path = folder / NAME
         try:
             content = path.read_bytes()
@@ -87,13 +87,13 @@ class Manifest:
         return cls.parse(content, str(path))
 
     @classmethod
-    def parse(cls, content: bytes, place: str) -> Manifest:
-        """The manifest of these bytes; raises `InputError`, which names their `place`, where they are malformed."""
+    def parse(cls, content: bytes, url: str) -> Manifest:
+        """The manifest in a file's bytes; raises `InputError` naming its path or `url` if they are malformed."""
         try:
             found = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{place} is no JSON ({error}): shard the source again") from None
-        return _from_json(found, place)
+            raise InputError(f"{url} is not valid JSON ({error}): shard the source again") from None
+        return _from_json(found, url)
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, atomically. Equal manifests give the same bytes."""
@@ -104,7 +104,7 @@ class Manifest:
     def check_files(self, folder: Path) -> None:
         """Compare each tar's size and each index with the manifest, without reading the tars.
 
-        Raises `InputError` that names the first shard at fault. DALI would crash on such a set, and not say why.
+        Raises `InputError` naming the first bad shard. DALI would crash on such a set without saying why.
         """
         for shard in self.shards:
             tar = folder / shard.name
@@ -112,8 +112,8 @@ class Manifest:
             try:
                 if (size := tar.stat().st_size) != shard.bytes:
                     raise InputError(
-                        f"{tar} has {size:,} bytes and not the {shard.bytes:,} of its manifest: it is damaged, "
-                        "copy it anew or shard the source again"
+                        f"{tar} has {size:,} bytes, not the {shard.bytes:,} of its manifest: it is damaged; copy it "
+                        "again or shard the source again"
                     )
                 check_index(index.read_text("ascii"), shard.samples, size)
             except OSError as error:
@@ -126,7 +126,7 @@ class Manifest:
                 raise InputError(f"{index} does not fit its shard: {error}") from None
 
     def check_hashes(self, folder: Path, progress: Progress = no_progress) -> None:
-        """Compare the SHA-256 of every tar with the manifest; raises `InputError` that names a damaged one."""
+        """Compare the SHA-256 of every tar with the manifest; raises `InputError` naming a damaged one."""
 
         def digest(shard: Shard) -> str:
             with open(folder / shard.name, "rb") as file:
@@ -143,70 +143,69 @@ class Manifest:
                         raise InputError(f"{tar} cannot be read: {error.strerror}") from None
                     if not whole:
                         raise InputError(
-                            f"{tar} has another SHA-256 than its manifest: it is damaged, copy it anew or shard "
-                            "the source again"
+                            f"{tar} has another SHA-256 than its manifest lists: it is damaged; copy it again or "
+                            "shard the source again"
                         )
                     progress("checking", done, len(running), "")
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _from_json(found: Any, place: str) -> Manifest:
+def _from_json(found: Any, url: str) -> Manifest:
     def need(holds: bool, key: str, what: str) -> None:
         if not holds:
-            raise InputError(f"{place}: {key} must be {what}: shard the source again")
+            raise InputError(f"{url}: {key} must be {what}: shard the source again")
 
-    def count(value: Any) -> bool:
-        return type(value) is int and value >= 0
-
-    def texts(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and all(isinstance(each, str) for each in value)
-            and value == sorted(set(value))
-        )
-
-    need(isinstance(found, dict), "all of it", "an object")
+    need(isinstance(found, dict), "the content", "an object")
     if (version := found.get("format")) != FORMAT or type(version) is not int:
         raise OtherFormatError(
-            f"{place}: written by format {version}, this version reads {FORMAT}: shard the source again, or use "
-            "the version of modan-fast that wrote it"
+            f"{url}: written by format {version}, this version reads {FORMAT}: shard the source again, or use the "
+            "version of modan-fast that wrote it"
         )
-    get = found.get
+    content = {each.name: found.get(each.name) for each in fields(Manifest)}
     for key in ("samples", "size"):
-        need(count(get(key)) and get(key) > 0, key, "a positive integer")
-    need(get("codec") in get_args(Codec), "codec", "one of " + ", ".join(get_args(Codec)))
-    fields, shards, rejected = get("fields"), get("shards"), get("rejected")
+        need(_is_count(content[key], least=1), key, "a positive integer")
+    need(content["codec"] in get_args(Codec), "codec", "one of " + ", ".join(get_args(Codec)))
+    vocabularies = content["fields"]
     need(
-        isinstance(fields, dict) and all(map(texts, fields.values())), "fields", "sorted lists of texts, by field"
+        isinstance(vocabularies, dict) and all(map(_is_vocabulary, vocabularies.values())),
+        "fields",
+        "sorted lists of texts, by field",
     )
-    need(texts(get("classes")), "classes", "a sorted list of texts")
-    need(isinstance(get("options"), dict), "options", "an object")
-    for key, value, kind in (("shards", shards, Shard), ("rejected", rejected, Rejected)):
-        names = list(kind.__dataclass_fields__)
+    need(_is_vocabulary(content["classes"]), "classes", "a sorted list of texts")
+    need(isinstance(content["options"], dict), "options", "an object")
+    for key, kind in (("shards", Shard), ("rejected", Rejected)):
+        names = [each.name for each in fields(kind)]
         need(
-            isinstance(value, list) and all(isinstance(each, dict) and set(each) == set(names) for each in value),
+            isinstance(content[key], list)
+            and all(isinstance(each, dict) and set(each) == set(names) for each in content[key]),
             key,
             f"a list of objects of {', '.join(names)}",
         )
-    for each in shards:
-        # A name is joined to a folder: it must not lead out of it.
-        named = isinstance(each["name"], str) and re.fullmatch(r"shard-\d{6,}\.tar", each["name"])
-        need(bool(named), "shards: name", "like shard-000000.tar")
-        need(count(each["samples"]) and each["samples"] > 0, "shards: samples", "a positive integer")
-        need(count(each["bytes"]), "shards: bytes", "a count")
-        hashed = isinstance(each["sha256"], str) and re.fullmatch("[0-9a-f]{64}", each["sha256"])
-        need(bool(hashed), "shards: sha256", "64 hexadecimal digits")
-    for each in rejected:
+    for each in content["shards"]:
+        # The name is joined to a folder's path: it must not lead out of the folder.
+        need(_matches(r"shard-\d{6,}\.tar", each["name"]), "shards: name", "like shard-000000.tar")
+        need(_is_count(each["samples"], least=1), "shards: samples", "a positive integer")
+        need(_is_count(each["bytes"]), "shards: bytes", "a count")
+        need(_matches("[0-9a-f]{64}", each["sha256"]), "shards: sha256", "64 hexadecimal digits")
+    for each in content["rejected"]:
         need(all(isinstance(value, str) for value in each.values()), "rejected", "a list of texts")
-    need(sum(each["samples"] for each in shards) == found["samples"], "samples", "the sum of the shards' samples")
-    return Manifest(
-        samples=found["samples"],
-        size=found["size"],
-        codec=found["codec"],
-        fields=fields,
-        classes=found["classes"],
-        shards=[Shard(**each) for each in shards],
-        rejected=[Rejected(**each) for each in rejected],
-        options=found["options"],
+    total = sum(each["samples"] for each in content["shards"])
+    need(content["samples"] == total, "samples", "the sum of the shards' samples")
+    content["shards"] = [Shard(**each) for each in content["shards"]]
+    content["rejected"] = [Rejected(**each) for each in content["rejected"]]
+    return Manifest(**content)
+
+
+def _is_count(value: Any, *, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_vocabulary(value: Any) -> bool:
+    return (
+        isinstance(value, list) and all(isinstance(each, str) for each in value) and value == sorted(set(value))
     )
+
+
+def _matches(pattern: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None

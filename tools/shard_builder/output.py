@@ -1,7 +1,8 @@
-"""Where a shard set is put: what may lie there already, and how the finished set takes its place.
+"""The output folder of a build: what it may hold already, the lock on it, and the swap of the old set for the new one.
 
-`place` is the folder's real path, `out` is how the user calls it. A build works in `.NAME.building` beside it, where
-finished work outlives a killed build; the set that it replaces is `.NAME.replaced` for the moment of the swap.
+`path` is the folder's real path; `out` is the path as the user wrote it, for messages. A build works in the folder
+`.NAME.building` beside it, where finished work outlives a killed build. During the swap, `.NAME.replaced` is the old
+set.
 """
 
 from __future__ import annotations
@@ -15,96 +16,81 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from shard_builder.atomic import sync_folder
+from shard_builder.atomic import UNFINISHED, sync_folder
+from shard_builder.entries import as_text
 from shard_builder.manifest import NAME, Manifest
-from shard_builder.scan import as_text
 from shard_builder.settings import InputError
 
 if sys.platform != "win32":
     import fcntl
 
-PART = r"(\.[0-9a-f]+)?\.part"
-IN_SET = re.compile(rf"(manifest\.json|report\.html|shard-\d{{6,}}\.(tar|idx))({PART})?")
-IN_WORK = re.compile(rf"lock|((spool|set|done)-[0-9a-f-]+)({PART})?")
+IN_SET = re.compile(rf"(manifest\.json|report\.html|shard-\d{{6,}}\.(tar|idx)){UNFINISHED}?")
+IN_BUILDING = re.compile(rf"lock|((spool|set|done)-[0-9a-f-]+){UNFINISHED}?")
 
 
-def _beside(place: Path, what: str) -> Path:
-    return place.with_name(f".{place.name}.{what}")
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
 
 
 def _foreign(folder: Path, ours: re.Pattern[str]) -> list[str]:
-    """The names in `folder` that no build writes: such a folder is never removed."""
+    """The names in `folder` that no build writes. A folder with any is never removed."""
     return sorted(name for name in os.listdir(folder) if not ours.fullmatch(name))
 
 
-def recover(place: Path) -> None:
-    """Put right what a build that was killed at its very end has left: for the build that holds the lock."""
-    aside = _beside(place, "replaced")
-    if aside.exists():
-        if place.exists():
-            _remove_set(aside)
-        else:
-            os.replace(aside, place)
-
-
-def _remove_set(folder: Path) -> None:
-    if folder.exists() and not _foreign(folder, IN_SET):
-        shutil.rmtree(folder)
-
-
-def check_place(place: Path, out: Path, overwrite: bool) -> None:
-    """Refuse, before any work, an output that can be neither left alone nor replaced."""
-    if not place.exists():
+def check_output(path: Path, out: Path, overwrite: bool) -> None:
+    """Raise `InputError`, before any work, if the output can be neither left alone nor replaced."""
+    if not path.exists():
         return
-    if not place.is_dir():
-        raise InputError(f"{out} is a file: name a folder with `out`")
-    if os.path.ismount(place):
-        raise InputError(f"{out} is a mount point, which no folder can replace: name one within it with `out`")
-    if not os.listdir(place):
+    if not path.is_dir():
+        raise InputError(f"{out} is a file: choose a folder with `out`")
+    if os.path.ismount(path):
+        raise InputError(f"{out} is a mount point, which cannot be replaced: choose a folder in it with `out`")
+    if not os.listdir(path):
         return
-    if foreign := _foreign(place, IN_SET):
+    if foreign := _foreign(path, IN_SET):
         raise InputError(
-            f"{out} holds {as_text(foreign[0])}, which is no part of a shard set: choose another `out`"
+            f"{out} holds {as_text(foreign[0])}, which does not belong to a shard set: choose another folder with `out`"
         )
     if not overwrite:
         try:
-            Manifest.load(place).check_files(place)
+            Manifest.load(path).check_files(path)
         except InputError as error:
             raise InputError(
-                f"{out} holds a damaged shard set: replace it with `overwrite=True` ({error})"
+                f"{out} holds a damaged shard set: pass `overwrite=True` to replace it ({error})"
             ) from None
 
 
-def existing_set(place: Path, out: Path, recorded: Mapping[str, Any]) -> Manifest | None:
-    """The finished set at `place`, if it is of these options; `InputError` if it is of others."""
-    if not (place / NAME).exists():
+def existing_set(path: Path, out: Path, options: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a finished set at `path`, made with `options`; raises `InputError` for a set with others."""
+    if not (path / NAME).exists():
         return None
-    existing = Manifest.load(place)
-    if existing.options == recorded:
+    existing = Manifest.load(path)
+    if existing.options == options:
         return existing
     # The source comes last: its digest is of the chosen images, so another seed changes it too.
-    names = sorted([*recorded, *existing.options], key=lambda name: name == "source")
-    name = next(name for name in names if existing.options.get(name) != recorded.get(name))
-    other = "source" if name == "source" else f"{name}: {existing.options.get(name)}, not {recorded.get(name)}"
+    names = sorted([*options, *existing.options], key=lambda name: name == "source")
+    name = next(name for name in names if existing.options.get(name) != options.get(name))
+    other = "source" if name == "source" else f"{name}: {existing.options.get(name)}, not {options.get(name)}"
     raise InputError(
-        f"{out} holds a shard set of another {other}: replace it with `overwrite=True`, or choose another `out`"
+        f"{out} holds a shard set of another {other}: pass `overwrite=True` to replace it, or choose another folder "
+        "with `out`"
     )
 
 
 @contextmanager
-def building(place: Path, out: Path) -> Iterator[Path]:
-    """A folder beside `place` to work in, for this process alone.
+def building(path: Path, out: Path) -> Iterator[Path]:
+    """A folder beside `path` to work in, locked for this process.
 
-    It is removed once the work is done. On an error it stays, unless it is empty: what is finished in it belongs to
-    the next build, and nothing else in it is ever read.
+    It is removed once the work is done. On an error it stays unless it is empty: the next build uses what is finished
+    in it, and nothing else.
     """
-    folder = _beside(place, "building")
+    folder = _beside(path, "building")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock", out):
         try:
-            if foreign := _foreign(folder, IN_WORK):
+            if foreign := _foreign(folder, IN_BUILDING):
                 raise InputError(
-                    f"{folder} holds {as_text(foreign[0])}, which is no part of a build: move it away"
+                    f"{folder} holds {as_text(foreign[0])}, which does not belong to a build: move it away"
                 )
             yield folder
             shutil.rmtree(folder)
@@ -120,42 +106,54 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
+    another = InputError(f"another build is writing to {out}: wait for it, or choose another folder with `out`")
     try:
-        # To be written to: NFS locks no other files.
+        # Opened for writing, because NFS locks no other files.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:  # its owner has finished, and removed the folder
-        raise _another(out) from None
+        raise another from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its owner may have finished, and removed it, since it was opened.
+            # Since it was opened, its owner may have finished and removed it.
             mine = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
         except BlockingIOError:
             mine = False
         except OSError:
             mine = True  # the file system has no locks
         if not mine:
-            raise _another(out)
+            raise another
         yield
     finally:
         os.close(descriptor)
 
 
-def _another(out: Path) -> InputError:
-    return InputError(f"another build is writing {out}: wait until it is done, or choose another `out`")
-
-
-def put_in_place(folder: Path, place: Path) -> None:
-    """Let the finished set `folder` become `place`, in the stead of what is there."""
-    aside = _beside(place, "replaced")
-    if place.exists():
+def replace_set(new: Path, path: Path) -> None:
+    """Move the finished set `new` to `path`, and remove the set that is there."""
+    aside = _beside(path, "replaced")
+    if path.exists():
         _remove_set(aside)
-        os.replace(place, aside)
+        os.replace(path, aside)
     try:
-        os.replace(folder, place)
+        os.replace(new, path)
     except BaseException:
         if aside.exists():
-            os.replace(aside, place)
+            os.replace(aside, path)
         raise
-    sync_folder(place.parent)
+    sync_folder(path.parent)
     _remove_set(aside)
+
+
+def recover(path: Path) -> None:
+    """Finish or undo a swap during which a build was killed. Only for the build that holds the lock."""
+    aside = _beside(path, "replaced")
+    if aside.exists():
+        if path.exists():
+            _remove_set(aside)
+        else:
+            os.replace(aside, path)
+
+
+def _remove_set(folder: Path) -> None:
+    if folder.exists() and not _foreign(folder, IN_SET):
+        shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""`report.html`: a shard set to look at, in one file that needs nothing else. The same set gives the same bytes."""
+"""`report.html`: one page with a shard set's images, counts and rejections. The same set gives the same bytes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from string import Template
 from PIL import Image
 
 from shard_builder.atomic import replacing
-from shard_builder.duplicates import labels
+from shard_builder.duplicates import labels_of
+from shard_builder.entries import Entry, as_text
 from shard_builder.inspect import Contents, kinds
-from shard_builder.scan import Entry, as_text
 from shard_builder.sheet import strips
 
 NAME = "report.html"
-MOST = 200  # rows of a table; the manifest lists all
+MOST = 200  # rows of a table; the manifest lists the rest
 
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Shard set: $images images</title>
@@ -44,57 +44,79 @@ $body
 
 
 def write_report(
-    folder: Path, contents: Contents, originals: Mapping[tuple[int, int], int], copies: Sequence[Sequence[Entry]]
+    folder: Path, contents: Contents, sizes: Mapping[tuple[int, int], int], duplicates: Sequence[Sequence[Entry]]
 ) -> None:
     """Write the report into `folder`.
 
-    `originals` counts the packed images by width and height of their files, in pixels; `copies` are the groups of
+    `sizes` counts the packed images by width and height of their files, in pixels; `duplicates` are the groups of
     images with the same pixels.
     """
     manifest = contents.manifest
-    options = ", ".join(f"{name} {value}" for name, value in manifest.options.items() if _plain(value))
+    options = ", ".join(
+        f"{name} {value}" for name, value in manifest.options.items() if isinstance(value, str | int)
+    )
     facts = (
         f"{manifest.size} × {manifest.size} pixels, {manifest.codec}, {len(manifest.shards):,} shards, "
         f"{sum(shard.bytes for shard in manifest.shards) / 2**20:,.1f} MiB; {options}. "
-        "This page shows images and file names: treat it as you treat the archive."
+        "This page shows images and file names: protect it as you protect the archive."
     )
-    sizes = sorted(originals.items(), key=lambda each: (-each[1], each[0]))
-    parts = [
-        _section("Images", [f"<h3>{escape(title)}</h3>{_picture(title, row)}" for title, row in strips(contents)])
-    ]
-    parts += [
-        _section(f"By {name}", [_bars((value or "(none)", n) for value, n in counts.items())])
+    images = [f"<h3>{escape(title)}</h3>{_image(title, row)}" for title, row in strips(contents)]
+    fields = [
+        _section(f"By {name}", [_bars((value or "(none)", count) for value, count in counts.items())])
         for name, counts in contents.values.items()
     ]
-    parts.append(_section("By class", [_bars(contents.classes.items())]))
-    shapes = [(f"{width} × {height}", count) for (width, height), count in sizes]
-    rest = sum(count for _, count in shapes[MOST:])
-    shapes = shapes[:MOST] + ([(f"{len(shapes) - MOST:,} other sizes", rest)] if rest else [])
-    parts.append(_section("Sizes of the original images", [_bars(shapes)]))
-    parts.append(_copies(copies))
-    why = [_bars(kinds(manifest.rejected).items())] if manifest.rejected else ["<p>Nothing.</p>"]
-    why.append(_table(((each.source, each.reason) for each in manifest.rejected), len(manifest.rejected)))
-    parts.append(_section(f"Left out ({len(manifest.rejected):,})", why))
+    rejected = [_bars(kinds(manifest.rejected).items())] if manifest.rejected else ["<p>Nothing.</p>"]
+    rejected.append(_table(((each.source, each.reason) for each in manifest.rejected), len(manifest.rejected)))
+    sections = [
+        _section("Images", images),
+        *fields,
+        _section("By class", [_bars(contents.classes.items())]),
+        _section("Sizes of the original images", [_bars(_size_counts(sizes))]),
+        _duplicates(duplicates),
+        _section(f"Left out ({len(manifest.rejected):,})", rejected),
+    ]
     page = PAGE.substitute(
         images=f"{manifest.samples:,}",
         classes=f"{len(manifest.classes):,}",
         facts=escape(facts),
-        body="\n".join(parts),
+        body="\n".join(sections),
     )
     with replacing(folder / NAME) as file:
         file.write(page.encode("utf-8", "backslashreplace"))
 
 
-def _plain(value: object) -> bool:
-    return isinstance(value, str | int)
+def _size_counts(sizes: Mapping[tuple[int, int], int]) -> list[tuple[str, int]]:
+    """Sizes as texts with their counts, most frequent first; those after the first `MOST` are summed up."""
+    ordered = sorted(sizes.items(), key=lambda each: (-each[1], each[0]))
+    counts = [(f"{width} × {height}", count) for (width, height), count in ordered]
+    rest = counts[MOST:]
+    return counts[:MOST] + ([(f"{len(rest):,} other sizes", sum(count for _, count in rest))] if rest else [])
 
 
-def _section(title: str, parts: Iterable[str]) -> str:
-    return f"<h2>{escape(title)}</h2>\n" + "\n".join(parts)
+def _duplicates(groups: Sequence[Sequence[Entry]]) -> str:
+    """The groups of images with the same pixels; those with different labels come first."""
+    conflicts = [group for group in groups if len(set(map(labels_of, group))) > 1]
+    others = [group for group in groups if len(set(map(labels_of, group))) == 1]
+
+    def table_of(groups: Sequence[Sequence[Entry]]) -> str:
+        texts = ([f"{as_text(each.source)} ({each.category})" for each in group] for group in groups)
+        rows = (["; ".join(text[:8]) + (" …" if len(text) > 8 else "")] for text in texts)
+        return _table(rows, len(groups), "manifest.json lists them all, unless the option duplicates is keep")
+
+    blocks = [
+        f"<h3>{len(some):,} {which}</h3>{table_of(some)}"
+        for some, which in ((conflicts, "with different labels"), (others, "with the same labels"))
+        if some
+    ]
+    return _section(f"Images with the same pixels ({len(groups):,} groups)", blocks or ["<p>None.</p>"])
+
+
+def _section(title: str, blocks: Iterable[str]) -> str:
+    return f"<h2>{escape(title)}</h2>\n" + "\n".join(blocks)
 
 
 def _bars(counts: Iterable[tuple[str, int]]) -> str:
-    """A table of counts with bars."""
+    """A table of counts, with a bar for each."""
     rows = list(counts)
     most = max(count for _, count in rows)
     cells = (
@@ -106,35 +128,13 @@ def _bars(counts: Iterable[tuple[str, int]]) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], total: int, where: str = "manifest.json lists them all") -> str:
-    """The first rows of a table of texts, and `where` the others are."""
+    """A table of the first rows of texts, and `where` to find the others."""
     shown = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in islice(rows, MOST)]
     more = f"<p>{total - len(shown):,} more: {where}.</p>" if total > len(shown) else ""
     return f"<table>{chr(10).join(shown)}</table>{more}"
 
 
-def _copies(groups: Sequence[Sequence[Entry]]) -> str:
-    """The groups of images with the same pixels; those whose labels differ come first."""
-    conflicts = [group for group in groups if len(set(map(labels, group))) > 1]
-    others = [group for group in groups if len(set(map(labels, group))) == 1]
-
-    def listed(groups: Sequence[Sequence[Entry]]) -> str:
-        texts = ([f"{as_text(each.source)} ({each.category})" for each in group] for group in groups)
-        rows = (["; ".join(text[:8]) + (" …" if len(text) > 8 else "")] for text in texts)
-        return _table(
-            rows,
-            len(groups),
-            "manifest.json lists them all where copies are left out (duplicates: first or drop)",
-        )
-
-    found = [
-        f"<h3>{len(part):,} {what}</h3>{listed(part)}"
-        for part, what in ((conflicts, "with different labels"), (others, "with the same labels"))
-        if part
-    ]
-    return _section(f"Images with the same pixels ({len(groups):,} groups)", found or ["<p>None.</p>"])
-
-
-def _picture(title: str, row: Image.Image) -> str:
+def _image(title: str, row: Image.Image) -> str:
     file = BytesIO()
     row.save(file, "JPEG", quality=75)
     return (

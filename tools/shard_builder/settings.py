@@ -1,4 +1,4 @@
-"""What the settings of every command share: fields with help, their checks, the error for bad input, and progress."""
+"""What all commands share: settings with help and checks, `InputError`, `Progress`, and the number of usable cores."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Progress = Callable[[str, int, int, str], None]
 class InputError(ValueError):
     """Wrong use or bad input. The message is one line: what was found, where, and what to do.
 
-    It writes a setting as Python has it, in backticks: `` `batch_size` `` or `` `overwrite=True` ``. The command line
-    shows these as `--batch-size` and `--overwrite`.
+    Settings are written as Python arguments in backticks: `` `batch_size` `` or `` `overwrite=True` ``. The command
+    line shows these as `--batch-size` and `--overwrite`.
     """
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with a default and a help text; the command line makes an option of it.
 
-    `metadata` may hold `least`, `most` (inclusive bounds of a number), `above`, `below` (exclusive ones) and `why` (the
-    reason of a bound, for the message); `check_settings` checks them. A NaN or an infinite number is outside any bound.
+    `metadata` may hold bounds for `check_settings`: `least` and `most` (inclusive), `above` and `below` (exclusive),
+    and `why`, their reason, for the message. NaN and infinity are outside any bound.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def check_settings(settings: Any) -> None:
-    """Check every field of a dataclass: that a value of a `Literal` type is one of its words, and a number in bounds.
+    """Check every field of a dataclass: a value of a `Literal` type must be one of its words, a number within bounds.
 
-    `None` passes where the type allows it; each value of a tuple is checked. Raises `InputError` naming the field.
+    `None` passes where the type allows it; a tuple is checked value by value. Raises `InputError` naming the field.
     """
     kinds = typing.get_type_hints(type(settings))
     for each in fields(settings):
@@ -58,7 +58,7 @@ def literal_words(kind: Any) -> tuple[str, ...]:
     if typing.get_origin(kind) is Literal:
         return typing.get_args(kind)
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) in (tuple, typing.Union):
-        return next((words for part in typing.get_args(kind) if (words := literal_words(part))), ())
+        return next((words for inner in typing.get_args(kind) if (words := literal_words(inner))), ())
     return ()
 
 
@@ -72,7 +72,7 @@ def _check_bounds(name: str, value: float, bounds: typing.Mapping[str, Any]) -> 
     ):
         if key in bounds:
             rules.append((f"{words} {bounds[key]}", holds(bounds[key])))
-    if rules and (not all(holds for _, holds in rules) or not math.isfinite(value)):
+    if rules and (not all(kept for _, kept in rules) or not math.isfinite(value)):
         why = f" ({bounds['why']})" if "why" in bounds else ""
         raise InputError(f"`{name}` must be {' and '.join(rule for rule, _ in rules)}{why}, got {value}")
 
@@ -82,6 +82,6 @@ def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """The number of CPU cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1

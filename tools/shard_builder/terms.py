@@ -1,10 +1,10 @@
-"""Words of DICOM headers to label values. Only these values are ever written: a header's own text is not."""
+"""Vocabularies that turn words of DICOM headers into label values. A header's own text is never written."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from shard_builder.scan import Names
+from shard_builder.entries import ValueMap
 
 KEYWORDS = {
     "modality": ("Modality",),
@@ -12,10 +12,10 @@ KEYWORDS = {
     "laterality": ("ImageLaterality", "Laterality"),
     "view": ("ViewPosition",),
 }
-"""The header elements that tell a field, the first one with a value first."""
+"""The header elements of each field; the first one with a value counts."""
 
 NO_IMAGES = {"SEG", "RTDOSE"}
-"""Modalities whose pixels are no picture of a patient."""
+"""Modalities whose pixels are no image of a patient."""
 
 _REGIONS = {
     "abd": "ABDOMEN ABD ABDO ABDOMENPELVIS ABDPELVIS ADRENAL AORTA APPENDIX BILEDUCT BLADDER CERVIX COLON DUODENUM "
@@ -46,9 +46,9 @@ _REGIONS = {
     "CHESTTOPELVIS TORSO TRUNK",
     "wholebody": "BODY WHOLEBODY",
 }
-"""Regions to the defined terms of Body Part Examined (PS3.16, annex L) and forms of them that scanners write.
+"""The terms of each region: the defined terms of Body Part Examined (PS3.16, annex L), and variants from scanners.
 
-A region that RadImageNet has too bears its name: abd, af, brain, hip, knee, lung, shoulder, spine, thyroid.
+Regions of RadImageNet have its names: abd, af, brain, hip, knee, lung, shoulder, spine, thyroid.
 """
 
 _MODALITIES = (
@@ -74,27 +74,27 @@ _VALUES = {
 
 
 def label_values(
-    texts: Mapping[str, str], fields: Sequence[str], names: Names
+    texts: Mapping[str, str], fields: Sequence[str], value_map: ValueMap
 ) -> tuple[dict[str, str], list[str]]:
-    """The values of `fields` that a header's `texts` mean, and the fields whose text is in no vocabulary.
+    """The values of `fields` for a header's `texts`, and the fields whose text is in no vocabulary.
 
-    `names` has `plain` texts or values, and wins.
+    `value_map` wins over the vocabularies; its old values are `plain` texts or values of a vocabulary.
     """
     values, unknown = {}, []
     for field in fields:
         if not (text := plain(texts.get(field, ""))):
             continue
-        value = names.get((field, text))
+        value = value_map.get((field, text))
         if value is None:
-            if (term := _VALUES[field].get(text)) is None:
+            if (known := _VALUES[field].get(text)) is None:
                 unknown.append(field)
                 continue
-            value = names.get((field, plain(term)), term)
+            value = value_map.get((field, plain(known)), known)
         if value:
             values[field] = value
     return values, unknown
 
 
 def plain(text: str) -> str:
-    """A header's text without what does not count in it: case, blanks, `-` and `_`."""
+    """A header's text in upper case, without blanks, `-` and `_`, which do not count."""
     return "".join(each for each in text.upper() if each not in " -_")

@@ -1,4 +1,4 @@
-"""Whether a shard set is whole, byte by byte and image by image."""
+"""Verify a finished shard set against FORMATS.md: every byte of its tars, its indices, labels and images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import struct
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from shard_builder.image import ImageError, check_png
-from shard_builder.index import parse_index
+from shard_builder.index import Member, parse_index
 from shard_builder.labels import multi_hot
 from shard_builder.manifest import EXTENSIONS, NAME, Manifest, OtherFormatError, Shard
 from shard_builder.settings import InputError, Progress, no_progress, usable_cores
@@ -26,8 +27,8 @@ class DamageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What a shard set holds, and what is wrong with it: a line for each bad file, naming its first bad member."""
+class VerifyResult:
+    """What a shard set holds, and its damage: a line for each bad file, naming its first bad member."""
 
     samples: int
     shards: int
@@ -35,12 +36,12 @@ class Verified:
     damage: list[str]
 
 
-def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_progress) -> Verified:
-    """Check everything that FORMATS promises of the shard set in `folder`, on all cores or `workers` of them.
+def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_progress) -> VerifyResult:
+    """Check everything that FORMATS.md promises of the shard set in `folder`, on all cores or with `workers` processes.
 
-    Of each shard: its size and SHA-256, each entry of its index, each member's place, header and padding, each
-    image's checksums and, decoded, its size, and that labels and target are those of the `.json`. Raises
-    `InputError` where there is no shard set, or one of another format version.
+    For each shard: its size and SHA-256; each entry of its index; each member's offset, header and padding; each
+    image's checksums, size and decoding; and that labels and target agree with the `.json`. Raises `InputError` if
+    there is no shard set, or one of another format version.
     """
     try:
         manifest = Manifest.load(folder)
@@ -49,10 +50,9 @@ def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_
     except InputError as error:
         if not (folder / NAME).is_file():
             raise
-        return Verified(0, 0, 0, [str(error)])
-    listed = {shard.name for shard in manifest.shards}
+        return VerifyResult(0, 0, 0, [str(error)])
     damage: dict[int, str] = {}
-    slim = replace(manifest, shards=[], rejected=[])  # what each job is sent
+    slim = replace(manifest, shards=[], rejected=[])  # it is sent with each job
     jobs, first = [], 0
     for number, shard in enumerate(manifest.shards):
         jobs.append(Job(number, (folder, shard, first, slim)))
@@ -65,20 +65,26 @@ def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_
                 damage[number] = f"{shard.name}: {found or 'the worker died three times while checking it'}"
             done += shard.samples
             progress("verifying", done, manifest.samples, f"{len(damage)} damaged" if damage else "")
-    lines = [damage[number] for number in sorted(damage)]
-    # Whoever reads all tars, or indices, of the folder would read these, too.
-    lines += [
+    lines = [damage[number] for number in sorted(damage)] + _unlisted(folder, manifest)
+    return VerifyResult(
+        manifest.samples, len(manifest.shards), sum(shard.bytes for shard in manifest.shards), lines
+    )
+
+
+def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """A line for each tar or index that is not in the manifest: a reader of all tars in the folder would read it."""
+    listed = {shard.name for shard in manifest.shards}
+    return [
         f"{path.name}: is not in {NAME}"
         for path in sorted([*folder.glob("*.tar"), *folder.glob("*.idx")])
         if path.with_suffix(".tar").name not in listed
     ]
-    return Verified(manifest.samples, len(manifest.shards), sum(shard.bytes for shard in manifest.shards), lines)
 
 
 def check_shard(folder: Path, shard: Shard, first: int, manifest: Manifest) -> str:
-    """What is wrong with the shard whose samples begin with id `first`, or the empty text."""
+    """What is wrong with the shard whose first sample has the id `first`, or the empty text."""
     try:
-        _check(folder / shard.name, shard, first, manifest)
+        _check_tar(folder / shard.name, shard, first, manifest)
     except DamageError as damage:
         return str(damage)
     except OSError as error:
@@ -87,7 +93,7 @@ def check_shard(folder: Path, shard: Shard, first: int, manifest: Manifest) -> s
     return ""
 
 
-def _check(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
+def _check_tar(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
     index = tar.with_suffix(".idx")
     try:
         lines = parse_index(index.read_text("ascii"))
@@ -96,83 +102,88 @@ def _check(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
     if len(lines) != shard.samples:
         raise DamageError(f"its index {index.name} has {len(lines)} samples, {NAME} {shard.samples}")
     digest, offset = hashlib.sha256(), 0
+    extensions = (EXTENSIONS[manifest.codec], "labels", "target", "json")
     with open(tar, "rb") as file:
-        extensions = (EXTENSIONS[manifest.codec], "labels", "target", "json")
         for sample, line in enumerate(lines, first):
-            members = {}
+            contents = {}
             for number, extension in enumerate(extensions):
                 name = f"{sample:08}.{extension}"
                 size = line[number].size if number < len(line) else 0
-                if line[number : number + 1] != [(extension, offset + tarfile.BLOCKSIZE, size, name)]:
-                    raise DamageError(f"{name}: its index {index.name} has another entry in its place")
-                length = tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
-                block = file.read(min(length, shard.bytes))
-                if len(block) < length:
-                    raise DamageError(f"{name}: the tar ends within it")
-                if block[: tarfile.BLOCKSIZE] != member_header(name, size):
-                    raise DamageError(f"{name}: its tar header is damaged")
-                if any(block[tarfile.BLOCKSIZE + size :]):
-                    raise DamageError(f"{name}: the padding after it is not empty")
+                if line[number : number + 1] != [Member(extension, offset + tarfile.BLOCKSIZE, size, name)]:
+                    raise DamageError(f"{name}: its entry in the index {index.name} is wrong")
+                block = _read_member(file, name, size, most=shard.bytes)
                 digest.update(block)
-                members[extension] = block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + size]
-                offset += length
+                contents[extension] = block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + size]
+                offset += len(block)
             if len(line) > len(extensions):
-                raise DamageError(f"{sample:08}.json: its index {index.name} has more entries after it")
-            _check_sample(f"{sample:08}", members, manifest)
+                raise DamageError(f"{sample:08}.json: the index {index.name} has more entries after it")
+            _check_sample(f"{sample:08}", contents, manifest)
         if (end := file.read(2 * tarfile.RECORDSIZE)) != tar_end(offset):
             raise DamageError(f"it does not end after {sample:08}.json")
     digest.update(end)
     if digest.hexdigest() != shard.sha256 or offset + len(end) != shard.bytes:
-        raise DamageError(
-            f"it has another size or SHA-256 than {NAME} says, though each of its members is well-formed"
-        )
+        raise DamageError(f"its size or SHA-256 differs from {NAME}, though each of its members is well-formed")
 
 
-def _check_sample(key: str, members: dict[str, bytes], manifest: Manifest) -> None:
+def _read_member(file: BinaryIO, name: str, size: int, *, most: int) -> bytes:
+    """The next member with its header and padding; reads at most `most` bytes."""
+    length = tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
+    block = file.read(min(length, most))
+    if len(block) < length:
+        raise DamageError(f"{name}: the tar ends within it")
+    if block[: tarfile.BLOCKSIZE] != member_header(name, size):
+        raise DamageError(f"{name}: its tar header is damaged")
+    if any(block[tarfile.BLOCKSIZE + size :]):
+        raise DamageError(f"{name}: the padding after it is not empty")
+    return block
+
+
+def _check_sample(key: str, contents: dict[str, bytes], manifest: Manifest) -> None:
+    """Check the contents of a sample's members, by extension, against each other."""
     image = EXTENSIONS[manifest.codec]
     try:
-        check_image(members[image], manifest)
+        check_image(contents[image], manifest)
     except DamageError as damage:
         raise DamageError(f"{key}.{image}: {damage}") from None
     try:
-        metadata = json.loads(members["json"])
+        metadata = json.loads(contents["json"])
         fields, category, source = (metadata[name] for name in ("fields", "class", "source"))
-        whole = isinstance(source, str) and set(fields) <= set(manifest.fields)
+        whole = isinstance(source, str) and isinstance(fields, dict) and set(fields) <= set(manifest.fields)
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise DamageError(f"{key}.json: is no object with fields, class and source")
+        raise DamageError(f"{key}.json: is not an object with fields, class and source")
     try:
         labels = multi_hot(fields, manifest.fields).tobytes()
     except ValueError:
         raise DamageError(f"{key}.json: a value of its fields is not in {NAME}") from None
-    if members["labels"] != labels:
+    if contents["labels"] != labels:
         raise DamageError(f"{key}.labels: are not the bits of the fields in {key}.json")
     if category not in manifest.classes:
         raise DamageError(f"{key}.json: its class is not in {NAME}")
-    if members["target"] != struct.pack("<i", manifest.classes.index(category)):
+    if contents["target"] != struct.pack("<i", manifest.classes.index(category)):
         raise DamageError(f"{key}.target: is not the class in {key}.json")
 
 
 def check_image(data: bytes, manifest: Manifest) -> None:
-    """Raise `DamageError` unless `data` is a whole grey image of the set's codec and canvas."""
-    canvas = (manifest.size, manifest.size)
+    """Raise `DamageError` unless `data` is a whole grey image of the set's codec and size."""
     if manifest.codec == "raw":
         if len(data) != manifest.size**2:
             raise DamageError(f"has {len(data):,} bytes, not {manifest.size}²")
         return
+    size = (manifest.size, manifest.size)
     try:
         opened = Image.open(io.BytesIO(data), formats=(manifest.codec.upper(),))
         if manifest.codec == "png":
             check_png(data)
-        if opened.mode != "L" or opened.size != canvas:
+        if opened.mode != "L" or opened.size != size:
             raise DamageError(
-                f"is {opened.width} x {opened.height} {opened.mode}, not {canvas[0]} x {canvas[1]} grey"
+                f"is {opened.width} x {opened.height} {opened.mode}, not {size[0]} x {size[1]} grey"
             )
         opened.load()
     except DamageError:
         raise
     except ImageError as error:
         raise DamageError(str(error)) from None
-    except Exception as error:  # damaged files raise whatever the decoder stumbles over
+    except Exception as error:  # damaged files raise errors of any type
         raise DamageError(f"cannot be decoded as {manifest.codec}: {type(error).__name__}") from None

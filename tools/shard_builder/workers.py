@@ -1,4 +1,4 @@
-"""The processes that share the work of a build, and what is done when one of them dies."""
+"""Run jobs in worker processes, an executor or a Dask cluster; a worker that dies costs only the job that killed it."""
 
 from __future__ import annotations
 
@@ -27,49 +27,50 @@ from shard_builder.settings import InputError
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
-ATTEMPTS = 3  # times that a job of one image, or one that cannot be halved, may take its worker with it
+ATTEMPTS = 3  # times that a job which cannot be split may kill its worker
 DIED = "the worker died three times while packing it"
-IN_A_ROW = 100  # deaths with nothing done in between: it is not the images
+IN_A_ROW = 100  # deaths in a row without a result: the cause is not a job
 
 
 class Job(NamedTuple, Generic[Key]):
-    """A call of the work to be shared: what it is for, and the arguments."""
+    """A call of the work that is shared: a key that identifies it, and the arguments."""
 
     key: Key
     arguments: tuple[Any, ...]
 
 
 class Workers:
-    """`count` workers behind an executor, which is made anew by `start` when one of them has died.
+    """`count` workers behind an executor; `start` makes a new executor after a worker has died.
 
-    `deaths` are the errors by which an executor tells that.
+    `death_errors` are the errors that an executor raises for a dead worker.
     """
 
     def __init__(
         self,
         count: int,
         start: Callable[[], Executor],
-        deaths: tuple[type[BaseException], ...] = (BrokenExecutor,),
+        death_errors: tuple[type[BaseException], ...] = (BrokenExecutor,),
     ) -> None:
         self.count, self._start = count, start
-        # A worker that runs out of memory is as good as dead: others may have had too much of it.
-        self.deaths: tuple[type[BaseException], ...] = (*deaths, MemoryError)
+        # A worker without memory counts as dead: perhaps the others took too much of it.
+        self.death_errors: tuple[type[BaseException], ...] = (*death_errors, MemoryError)
         self._executor = start()
 
     def submit(self, work: Callable[..., Result], arguments: tuple[Any, ...]) -> Future[Result]:
+        """Submit a call of `work`, to a new executor if this one is broken."""
         with hidden_main():
             try:
                 return self._executor.submit(work, *arguments)
             except BrokenExecutor as error:
                 fresh = self._start()
                 if fresh is self._executor:  # the caller's
-                    raise OSError("the executor is broken: give another one") from error
+                    raise OSError("the executor is broken: pass another one") from error
                 self.close()
                 self._executor = fresh
                 return self._executor.submit(work, *arguments)
 
     def close(self) -> None:
-        """End the workers after what they are at."""
+        """End the workers after the jobs that they are running."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def finish(
@@ -78,15 +79,15 @@ class Workers:
         jobs: Iterable[Job[Key]],
         halves: Callable[[Job[Key]], Sequence[Job[Key]]] = lambda job: (),
     ) -> Iterator[tuple[Key, Result | None]]:
-        """(key, result of `work(*arguments)`) of each job, as they come, with two jobs a worker under way.
+        """Yield (key, result of `work(*arguments)`) of each job when it ends; two jobs per worker run at a time.
 
-        When a worker dies, any of the jobs under way may have killed it. Each is done again with no other beside
-        it, and if it kills once more, its `halves` are, until the one is found that kills its worker three times:
-        its result is None. Any other error is raised, and `OSError` where workers die whatever they do, or where
-        their cluster has gone.
+        When a worker dies, any of the running jobs may have killed it. Each of them is run again, alone. If it kills
+        its worker again, it is split into `halves`, down to a job that cannot be split; that one is tried `ATTEMPTS`
+        times, and then its result is None. Other errors are raised, and `OSError` if the workers die whatever they
+        run, or their cluster is gone.
         """
         waiting, running = iter(jobs), dict[Future[Result], Job[Key]]()
-        suspects = deque[tuple[Job[Key], int]]()
+        suspects = deque[tuple[Job[Key], int]]()  # with the times that each has killed its worker when run alone
         in_a_row = 0
         while True:
             while not suspects and len(running) < 2 * self.count and (job := next(waiting, None)):
@@ -103,15 +104,15 @@ class Workers:
                 try:
                     result = future.result()
                 except CancelledError:
-                    raise OSError("the workers have been taken away: the same command continues") from None
-                except self.deaths as error:
+                    raise OSError("the workers are gone: run the same command again to continue") from None
+                except self.death_errors as error:
                     in_a_row += 1
                     if in_a_row > IN_A_ROW:
                         raise OSError("the workers die whatever they do: is there enough memory?") from error
                     if alone is None:
                         suspects.append((job, 0))
-                    elif parts := halves(job):
-                        suspects.extendleft((part, 0) for part in reversed(parts))
+                    elif smaller := halves(job):
+                        suspects.extendleft((half, 0) for half in reversed(smaller))
                     elif deaths + 1 < ATTEMPTS:
                         suspects.appendleft((job, deaths + 1))
                     else:
@@ -122,9 +123,10 @@ class Workers:
 
 
 class SerialExecutor(Executor):
-    """Runs each job in this process, when it is submitted."""
+    """Runs each call at once, in this process."""
 
     def submit(self, work: Callable[..., Result], /, *arguments: Any, **named: Any) -> Future[Result]:
+        """Run `work`; the future that is returned is done."""
         future: Future[Result] = Future()
         try:
             future.set_result(work(*arguments, **named))
@@ -133,24 +135,25 @@ class SerialExecutor(Executor):
         return future
 
 
-class Cluster(Executor):
+class DaskExecutor(Executor):
     """The workers of a Dask cluster.
 
-    Dask's own executor takes a result for an error if its worker dies between making it and handing it over; here
-    the cluster makes it again.
+    Dask's own executor reports an error if a worker dies between computing a result and sending it; here the cluster
+    computes it again.
     """
 
     def __init__(self, client: Any) -> None:
         self._client = client
 
     def submit(self, work: Callable[..., Result], /, *arguments: Any, **named: Any) -> Future[Result]:
-        # Not pure: a task that killed its worker would be remembered, and never tried again.
-        made = self._client.submit(work, *arguments, pure=False, **named)
+        """Submit a call of `work` to the cluster."""
+        # Not pure: Dask would remember a task that killed its worker, and never run it again.
+        task = self._client.submit(work, *arguments, pure=False, **named)
         future: Future[Result] = Future()
 
         async def settle() -> None:
             try:
-                result = await made
+                result = await task
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -162,15 +165,15 @@ class Cluster(Executor):
 
 @contextmanager
 def workers_of(count: int, dask: str | None = None, executor: Executor | None = None) -> Iterator[Workers]:
-    """Workers for a build: `count` processes of this machine, or none beside this one where `count` is 1.
+    """Workers for a build: those of `executor`, which stays open; else of the Dask cluster whose scheduler has the
+    address `dask`; else `count` processes of this machine, or this process alone if `count` is 1.
 
-    Else those of the Dask cluster whose scheduler has the address `dask`, or of `executor`, which is left open.
-    Raises `InputError` where Dask is not installed, `OSError` where its scheduler does not answer.
+    Raises `InputError` if Dask is not installed, or its scheduler does not answer or has no workers.
     """
     if executor is not None:
         yield Workers(count, lambda: executor)
     elif dask is not None:
-        with _dask(dask) as workers:
+        with _dask_workers(dask) as workers:
             yield workers
     else:
         workers = Workers(count, (lambda: _processes(count)) if count > 1 else SerialExecutor)
@@ -181,7 +184,7 @@ def workers_of(count: int, dask: str | None = None, executor: Executor | None = 
 
 
 @contextmanager
-def _dask(address: str) -> Iterator[Workers]:
+def _dask_workers(address: str) -> Iterator[Workers]:
     try:
         from distributed import Client, KilledWorker
     except ImportError:
@@ -190,7 +193,7 @@ def _dask(address: str) -> Iterator[Workers]:
         client = Client(address)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"no scheduler answers at {address} ({error}): give the address that it tells"
+            f"no scheduler answers at {address} ({error}): give the address that it prints when it starts"
         ) from error
     with client:
         threads = sum(client.nthreads().values())
@@ -198,12 +201,12 @@ def _dask(address: str) -> Iterator[Workers]:
             raise InputError(
                 f"the scheduler at {address} has no workers: start some with `dask worker {address}`"
             )
-        yield Workers(threads, lambda: Cluster(client), (BrokenExecutor, KilledWorker))
+        yield Workers(threads, lambda: DaskExecutor(client), (BrokenExecutor, KilledWorker))
 
 
 def _processes(count: int) -> Executor:
-    # Not forked from this process: the caller may have threads, and locks that they hold. Where there is a fork
-    # server, it imports once what all workers need, also those in the stead of dead ones.
+    # Not forked from this process: the caller may have threads that hold locks. A fork server imports once what all
+    # workers need, also those that replace dead ones.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(
@@ -217,8 +220,8 @@ def _processes(count: int) -> Executor:
 
 
 def start_worker() -> None:
-    """End with the parent, and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent too, which ends the workers
+    """Prepare a worker process: it ignores Ctrl-C, and ends when its parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
     parent = multiprocessing.parent_process()
     if parent is not None:
 
@@ -231,10 +234,10 @@ def start_worker() -> None:
 
 @contextmanager
 def hidden_main() -> Iterator[None]:
-    """Start workers without the caller's script.
+    """Start worker processes that do not import the caller's script.
 
-    A new process imports its parent's main module, and so would run a script without a `__main__` guard again.
-    Workers need nothing of it.
+    A new process imports its parent's main module, so a script without a `__main__` guard would run again. Workers
+    need nothing from it.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

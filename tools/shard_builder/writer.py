@@ -1,4 +1,4 @@
-"""One shard: a USTAR tar of samples, and DALI's index beside it. K label bits."""
+"""Write one shard: a USTAR tar of samples, and DALI's index beside it. K label bits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shard_builder.atomic import replacing
-from shard_builder.index import Component, format_index
+from shard_builder.index import Member, format_index
 from shard_builder.manifest import Shard
 
-# A header without name and size: tarfile's defaults are mode 0644 and no time, user or group. For its sum, the checksum
-# counts as spaces.
+# A header without name and size: tarfile's defaults are mode 0644 and no time, user or group. The checksum is computed
+# with spaces in its own field.
 HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
 HEADER[148:156] = b" " * 8
 
@@ -37,27 +37,27 @@ class Sample:
 
 
 def write_shard(path: Path, samples: Iterable[Sample], *, first: int, extension: str) -> Shard:
-    """Write the tar `path` and its index, and return the shard's line of the manifest.
+    """Write the tar `path` and its index, and return the shard's entry in the manifest.
 
-    The samples get the ids `first`, `first + 1`, ...; `extension` is that of the image members. Takes one sample
-    at a time. Raises `OSError` where writing fails, and then leaves no file.
+    The samples get the ids `first`, `first + 1`, ...; `extension` is that of the image members. Holds one sample in
+    memory at a time. Raises `OSError` if writing fails, and then leaves no file.
     """
     digest, offset, lines = hashlib.sha256(), 0, []
     with replacing(path) as tar:
         for number, sample in enumerate(samples, first):
-            members = (
+            contents = (
                 (extension, sample.image),
                 ("labels", sample.labels.tobytes()),
                 ("target", struct.pack("<i", sample.target)),
                 ("json", json.dumps(sample.metadata).encode("ascii")),
             )
             line = []
-            for ending, data in members:
+            for ending, data in contents:
                 name = f"{number:08}.{ending}"
                 block = member_header(name, len(data)) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
                 tar.write(block)
                 digest.update(block)
-                line.append(Component(ending, offset + tarfile.BLOCKSIZE, len(data), name))
+                line.append(Member(ending, offset + tarfile.BLOCKSIZE, len(data), name))
                 offset += len(block)
             lines.append(line)
         end = tar_end(offset)
@@ -69,8 +69,8 @@ def write_shard(path: Path, samples: Iterable[Sample], *, first: int, extension:
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The block before a member of `size` bytes with a name of at most 100 ASCII letters; it tells nothing else."""
-    # As tarfile would write it, at a quarter of the time: of a shard's members there are many.
+    """The tar header of a member of `size` bytes whose name has at most 100 ASCII characters."""
+    # The same bytes as tarfile's, in a quarter of the time: a shard has thousands of members.
     block = bytearray(HEADER)
     block[: len(name)] = name.encode("ascii")
     block[124:136] = b"%011o\0" % size
@@ -79,5 +79,5 @@ def member_header(name: str, size: int) -> bytes:
 
 
 def tar_end(offset: int) -> bytes:
-    """What follows the last member of a tar, which ends at `offset`: two empty blocks, filled up to whole records."""
+    """The end of a tar whose last member ends at `offset`: two empty blocks, padded to a whole record."""
     return bytes(2 * tarfile.BLOCKSIZE + -(offset + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
