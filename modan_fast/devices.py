@@ -1,4 +1,4 @@
-"""Which device to use and which type to compute in; why torch cannot use a GPU; what may be compiled; memory."""
+"""Device, precision (bf16, fp16 or float32), compiling and memory: what a machine allows, and what is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an encoder is: its network, stem, channels and feature size, its weights in and out, and its input's scale.
+"""What an encoder is (network, stem, channels, feature size, input scale), and how its weights are read and written.
 
 N images, C channels, H x W pixels, F features.
 """

@@ -1,4 +1,4 @@
-"""Pixels and view parameters to views: by DALI on a GPU, by torch or DALI on a CPU; and the reference for both.
+"""What a view is: crop, resize, flip, jitter and blur of an image's pixels, by DALI, by torch, and by a reference.
 
 A renderer starts work with `submit` and returns the views with `collect`, in the same order. In between it works in the
 background, so the next batch is rendered while this one trains.

@@ -1,4 +1,4 @@
-"""A run folder: what is in it, when a run may start, resume or replace another, and its checkpoint."""
+"""A run folder: its files, and when a run may start, resume or replace another; writes and reads the checkpoint."""
 
 from __future__ import annotations
 

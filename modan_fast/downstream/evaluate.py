@@ -1,55 +1,45 @@
-"""The evaluation: trains what is missing of the grid (init, protocol, repeat, fold), and writes each result at once."""
+"""The evaluation: train the fold runs that a results folder lacks, and record each as soon as it is done."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modan_fast.config import EvaluateConfig, Protocol, to_json
+from modan_fast.config import EvaluateConfig, Protocol, Stem, to_json
 from modan_fast.devices import TYPES, device_name, pick_device, wants_compile
 from modan_fast.devices import compute_type as compute_type_of
-from modan_fast.downstream import finetune, probe
+from modan_fast.downstream import finetune, leaks, probe
 from modan_fast.downstream.inits import Init, load_inits
-from modan_fast.downstream.results import Experiment, Results, auc
-from modan_fast.downstream.tasks import (
-    FoldRun,
-    Leak,
-    Task,
-    decode,
-    leak_counts,
-    leaks,
-    read_leaks,
-    read_task,
-    write_folds,
-)
+from modan_fast.downstream.metrics import auc
+from modan_fast.downstream.results import Experiment, Results
+from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task, write_folds
 from modan_fast.encoders import Encoder
-from modan_fast.folder import check_writable, locked, write_text
+from modan_fast.folder import check_writable, locked
 from modan_fast.run import versions
 from shard_builder.settings import Progress, no_progress
 
 log = logging.getLogger(__name__)
 
-Array = NDArray[np.float32]
-SHAPING = (  # settings that shape a score
+PRECISIONS = {dtype: name for name, dtype in TYPES.items()}
+SHAPING = (  # the settings, beside the precision, that change scores
     *("image_size", "epochs", "batch_size", "lr", "probe_lr", "stem", "seed"),
     *("probe_batch_norm", "finetune_head", "model_selection", "sum_filters"),
 )
-PRECISIONS = {dtype: name for name, dtype in TYPES.items()}
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[tuple[Experiment, FoldRun]]:
-    """Train what is missing of the grid in `config`; return the fold runs that were trained, in order.
+    """Train the fold runs that the results folder lacks, and return them in the order of training.
 
-    A killed evaluation is continued by the same call, a finished one returns an empty list at once. Raises
+    A killed evaluation is continued by the same call; a finished one returns an empty list at once. Raises
     `InputError`, before anything is trained, for bad input and for a results folder made with other settings,
     another task of the same name, or an init whose weights have changed since.
     """
@@ -64,41 +54,69 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
     with locked(config.out, "evaluation"):
         results = Results.open(config.out)
         results.admit(config.recipe, settings, task, {init.name: init.record() for init in inits})
-        done = results.finished()
-        repeats, numbers = range(1, config.repeats + 1), range(1, len(task.folds) + 1)
-        grid = [FoldRun(repeat, fold) for repeat in repeats for fold in numbers]
-        todo: dict[Experiment, list[FoldRun]] = {}
-        for init in inits:
-            for protocol in config.protocol:
-                experiment = Experiment(task.name, init.name, config.recipe, protocol)
-                if missing := [fold_run for fold_run in grid if (experiment, fold_run) not in done]:
-                    todo[experiment] = missing
-        if not todo:
-            _list_leaks(task, config)
+        missing = _missing(config, task, inits, results)
+        if missing:
+            results.runs["versions"] = versions()
+            results.runs["config"] = to_json(config)
+            results.save()
+            if task.new_folds:
+                write_folds(task, folds)
+        _list_leaks(task, config.out)
+        if not missing:
             return []
 
-        results.runs["versions"] = versions()
-        results.runs["config"] = to_json(config)
-        results.save()
-        if task.made:
-            write_folds(task, folds)
-        _list_leaks(task, config)
         pixels = torch.from_numpy(decode(task, config.image_size, progress)).to(device)
-        trainer = Trainer(task, pixels, config, compute_type, results, progress)
-        # Deterministic, so that an interrupted evaluation gives the same scores as an uninterrupted one.
-        deterministic = torch.backends.cudnn.deterministic
-        torch.backends.cudnn.deterministic = True
-        try:
-            by_name = {init.name: init for init in inits}
-            for experiment, fold_runs in todo.items():
-                trainer.train(experiment, fold_runs, by_name[experiment.init])
-        finally:
-            torch.backends.cudnn.deterministic = deterministic
-        return [(experiment, fold_run) for experiment, fold_runs in todo.items() for fold_run in fold_runs]
+        trainer = FoldRunTrainer(task, pixels, config, compute_type, results, progress)
+        # A fold run gives the same scores each time, so it does not matter where an evaluation was interrupted.
+        with _deterministic_convolutions():
+            for experiment, init, fold_runs in missing:
+                trainer.train(experiment, init, fold_runs)
+        return [(experiment, fold_run) for experiment, _, fold_runs in missing for fold_run in fold_runs]
 
 
-class Trainer:
-    """Trains the fold runs of an evaluation, with the task's pixels on the device and networks that are reset."""
+def _missing(
+    config: EvaluateConfig, task: Task, inits: Sequence[Init], results: Results
+) -> list[tuple[Experiment, Init, list[FoldRun]]]:
+    """The fold runs of each experiment that the results lack, where there are any."""
+    done = results.finished()
+    repeats, folds = range(1, config.repeats + 1), range(1, len(task.folds) + 1)
+    wanted = [FoldRun(repeat, fold) for repeat in repeats for fold in folds]
+    missing = []
+    for init in inits:
+        for protocol in config.protocol:
+            experiment = Experiment(task.name, init.name, config.recipe, protocol)
+            if fold_runs := [fold_run for fold_run in wanted if (experiment, fold_run) not in done]:
+                missing.append((experiment, init, fold_runs))
+    return missing
+
+
+def _list_leaks(task: Task, out: Path) -> None:
+    """Warn of leaks in the folds, and list them beside the results."""
+    path = out / f"{task.name}{leaks.ENDING}"
+    if found := leaks.update_leaks(task, path):
+        log.warning("%s: %s (%s); AUCs may be too high", task.name, leaks.describe(found), path)
+
+
+@contextmanager
+def _deterministic_convolutions() -> Iterator[None]:
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+class Trained(NamedTuple):
+    """Fold runs that were trained together: for each, the scores of its test images and the losses of its epochs."""
+
+    fold_runs: Sequence[FoldRun]
+    scores: Sequence[NDArray[np.float32]]
+    losses: Sequence[NDArray[np.float32]]
+
+
+class FoldRunTrainer:
+    """Trains fold runs. They share the task's pixels, on the device, and the networks, which each of them resets."""
 
     def __init__(
         self,
@@ -111,55 +129,69 @@ class Trainer:
     ) -> None:
         self.task, self.pixels, self.config = task, pixels, config
         self.compute_type, self.results, self.progress = compute_type, results, progress
-        self.device = timed_device(pixels.device)
         self.compiled = wants_compile(config.compile, pixels.device)
-        self.networks: dict[tuple[Any, ...], finetune.TaskNetwork] = {}
+        self.networks: dict[tuple[Stem, Protocol, bool], finetune.TaskNetwork] = {}
 
-    def train(self, experiment: Experiment, fold_runs: Sequence[FoldRun], init: Init) -> None:
-        """Train fold runs of an experiment, and write each as soon as it is done."""
-        task, config = self.task, self.config
+    def train(self, experiment: Experiment, init: Init, fold_runs: Sequence[FoldRun]) -> None:
+        """Train the fold runs of an experiment, and record each as soon as it is done."""
+        task, epochs = self.task, self.config.epochs
         protocol: Protocol = "probe" if experiment.protocol == "probe" else "finetune"
-        done, note, since = 0, "", time.perf_counter()
+        device = timed_device(self.pixels.device)
+        done, note, begun = 0, "", time.perf_counter()
 
-        def advance(epochs: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
-            done += epochs
-            self.progress(f"{init.name} {protocol}", done, len(fold_runs) * config.epochs, note)
-
-        def write(fold_runs: Sequence[FoldRun], scores: Sequence[Array], losses: Sequence[Array]) -> None:
-            nonlocal note, since
-            self.results.append(experiment, task, fold_runs, scores, losses)
-            now = time.perf_counter()
-            self.results.add_time(experiment, task, fold_runs, config.epochs, now - since, self.device)
-            since = now
-            last = fold_runs[-1]
-            value = auc(task.labels[task.folds[last.fold - 1].test], scores[-1])
-            note = f"repeat {last.repeat} fold {last.fold} AUC {'–' if value is None else f'{value:.3f}'}"
+            done += count
+            self.progress(f"{init.name} {protocol}", done, len(fold_runs) * epochs, note)
 
         advance(0)
-        if protocol == "probe" and config.probe_batch_norm == "frozen":
-            encoder = Encoder(init.stem).to(self.pixels.device).to(memory_format=torch.channels_last)
-            # Features of a trained encoder serve all fold runs, those of a random one only its own fold run.
-            for block in [[fold_run] for fold_run in fold_runs] if init.given is None else [fold_runs]:
-                encoder.load_weights(init.weights(block[0], config.seed))
-                features = probe.extract(encoder, self.pixels, self.compute_type)
-                heads = [each.numpy() for each in probe.train_heads(features, task, block, config, advance)]
-                scores = [
-                    row[task.folds[fold_run.fold - 1].test] for fold_run, row in zip(block, heads[0], strict=True)
-                ]
-                write(block, scores, list(heads[1]))
+        if protocol == "probe" and self.config.probe_batch_norm == "frozen":
+            blocks = self._probe_features(init, fold_runs, advance)
         else:
-            network = self.network(init, protocol)
-            for fold_run in fold_runs:
-                weights = init.weights(fold_run, config.seed)
-                trained = finetune.train(
-                    network, weights, self.pixels, task, fold_run, config, self.compute_type, advance
-                )
-                write([fold_run], *([each.numpy()] for each in trained))
+            blocks = self._train_networks(init, protocol, fold_runs, advance)
+        for trained in blocks:
+            self.results.append(experiment, task, *trained)
+            now = time.perf_counter()
+            self.results.add_time(experiment, task, trained.fold_runs, epochs, now - begun, device)
+            begun = now
+            last = trained.fold_runs[-1]
+            value = auc(task.labels[task.fold_of(last).test], trained.scores[-1])
+            note = f"repeat {last.repeat} fold {last.fold} AUC {'–' if value is None else f'{value:.3f}'}"
         advance(0)  # shows the last note
 
-    def network(self, init: Init, protocol: Protocol) -> finetune.TaskNetwork:
-        """The network for an init; one compiled forward pass serves all inits of the same shape."""
+    def _probe_features(
+        self, init: Init, fold_runs: Sequence[FoldRun], advance: Callable[[int], None]
+    ) -> Iterator[Trained]:
+        """Extract features and train linear heads on them."""
+        encoder = Encoder(init.stem).to(self.pixels.device).to(memory_format=torch.channels_last)
+        # The features of given weights serve all fold runs; those of random weights only one.
+        blocks = [[fold_run] for fold_run in fold_runs] if init.weights is None else [fold_runs]
+        for block in blocks:
+            encoder.load_weights(init.weights_for(block[0], self.config.seed))
+            features = probe.extract(encoder, self.pixels, self.compute_type)
+            scores, losses = probe.train_heads(features, self.task, block, self.config, advance)
+            rows = [self.task.fold_of(fold_run).test for fold_run in block]
+            tested = [each[test] for each, test in zip(scores.numpy(), rows, strict=True)]
+            yield Trained(block, tested, list(losses.numpy()))
+
+    def _train_networks(
+        self,
+        init: Init,
+        protocol: Protocol,
+        fold_runs: Sequence[FoldRun],
+        advance: Callable[[int], None],
+    ) -> Iterator[Trained]:
+        """Train encoder and head on the pixels, one fold run after another."""
+        network = self._network(init, protocol)
+        for fold_run in fold_runs:
+            weights = init.weights_for(fold_run, self.config.seed)
+            scores, losses = finetune.train(
+                network, weights, self.pixels, self.task, fold_run, self.config, self.compute_type, advance
+            )
+            yield Trained([fold_run], [scores.numpy()], [losses.numpy()])
+
+    def _network(self, init: Init, protocol: Protocol) -> finetune.TaskNetwork:
+        """The network for an init; inits of the same shape share one, so that it is compiled once."""
         head = self.config.finetune_head
         linear = head == "linear" or (head == "identity-except-simclr" and init.method == "simclr")
         headless = protocol == "finetune" and not linear
@@ -174,24 +206,3 @@ class Trainer:
 def timed_device(device: torch.device) -> str:
     """The device in the table of times; a CPU with its number of threads."""
     return device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _list_leaks(task: Task, config: EvaluateConfig) -> None:
-    """Warn of test images that share a patient or identical bytes with a training image, and list them in a file."""
-    found = leaks(task)
-    path = config.out / f"{task.name}-leakage.csv"
-    if path.exists() and not task.patients:
-        # Leaks by patient were found when `group` named the patients; keep them.
-        found += [leak for leak in read_leaks(path) if leak.shared == "patient"]
-    if not found:
-        path.unlink(missing_ok=True)
-        return
-    rows = io.StringIO()
-    csv.writer(rows, lineterminator="\n").writerows([Leak._fields, *sorted(found)])
-    write_text(path, rows.getvalue())
-    log.warning(
-        "%s: test images that share a patient or identical bytes with a training image: %s (%s); AUCs may be too high",
-        task.name,
-        leak_counts(found),
-        path,
-    )

@@ -1,4 +1,4 @@
-"""Where a task's classes and folds come from: published fold files, or class folders that are divided once."""
+"""Where folds come from: published fold files are read; class folders are divided into five stratified folds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -18,13 +19,20 @@ SPLITS = ("train", "val", "test")
 IMAGE_COLUMNS = ("filename", "img_dir")
 LABEL_COLUMNS = ("label", "acl_label")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-MASK = re.compile(r"_mask(_\d+)?$")  # the outline of a lesion beside its image
+MASK = re.compile(r"_mask(_\d+)?$")  # BUSI has the outline of a lesion beside its image
 LABELS = {"benign": 0, "normal": 0, "no": 0, "0": 0, "malignant": 1, "yes": 1, "1": 1}  # by class name
+
+ImagesBySplit = dict[tuple[str, int], list[str]]
+"""The paths of the images of each (split, fold)."""
 
 
 @dataclass
 class Listing:
-    """Images as files or folders list them, while a task is read: label, place and patient by path."""
+    """The images of a task as its files or folders list them, by path relative to the task.
+
+    `labels` are 0 or 1, `sources` the file and line that list an image first, `patients` are empty if unknown, and
+    `words` are the class names of each label.
+    """
 
     labels: dict[str, int] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -32,77 +40,102 @@ class Listing:
     words: dict[int, set[str]] = field(default_factory=lambda: {0: set(), 1: set()})
 
 
-def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, dict[tuple[str, int], list[str]]]:
-    """What the fold files in `frames` say of images under `folder`, and the images by (split, fold)."""
+def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, ImagesBySplit]:
+    """Read the fold files in `frames`, which name images under `folder`.
+
+    `group` is a column of patients, or a regular expression that finds them in the paths. Raises `InputError` that
+    names the file and line.
+    """
     listing = Listing()
-    named: dict[tuple[str, int], list[str]] = {}
+    images_by_split: ImagesBySplit = {}
     for key, path in _fold_files(frames).items():
-        named[key] = []
-        for where, image, word, patient in _rows(path, group):
-            label = LABELS[word]
-            if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
-                raise InputError(f"{where}: {image} lies outside the task folder: paths are relative to it")
-            if image not in listing.labels and not (folder / image).is_file():
-                raise InputError(f"{where}: there is no image {image} in {folder}")
-            if listing.labels.setdefault(image, label) != label:
-                raise InputError(f"{where}: {image} has another label than at {listing.sources[image]}")
-            listing.sources.setdefault(image, where)
-            listing.words[label].add(word)
-            if group is not None:
-                if patient is not None and not patient.strip():
-                    raise InputError(f"{where}: the column {group} is empty: name the patient of each image")
-                listing.patients[image] = patient or _patient(group, image, where)
-            named[key].append(image)
-        classes = {listing.labels[image] for image in named[key]}
+        images_by_split[key] = []
+        for row in _rows(path, group):
+            _add(listing, folder, row, group)
+            images_by_split[key].append(row.image)
+        classes = {listing.labels[image] for image in images_by_split[key]}
         if not classes or (key[0] != "val" and len(classes) < 2):
             found = "no image" if not classes else "one class only"
             raise InputError(f"{path} has {found}: both classes are needed to train and to test")
-    return listing, named
+    return listing, images_by_split
+
+
+class _Row(NamedTuple):
+    """A row of a fold file; `where` is its file and line, `patient` the value of the column `group`, if it exists."""
+
+    where: str
+    image: str
+    word: str
+    patient: str | None
+
+
+def _add(listing: Listing, folder: Path, row: _Row, group: str | None) -> None:
+    """Add a row to the listing; raise `InputError` if it contradicts an earlier one or names no image."""
+    where, image, word, patient = row
+    label = LABELS[word]
+    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+        raise InputError(f"{where}: {image} lies outside the task folder: paths are relative to it")
+    if image not in listing.labels and not (folder / image).is_file():
+        raise InputError(f"{where}: there is no image {image} in {folder}")
+    if listing.labels.setdefault(image, label) != label:
+        raise InputError(f"{where}: {image} has another label than at {listing.sources[image]}")
+    listing.sources.setdefault(image, where)
+    listing.words[label].add(word)
+    if group is not None:
+        if patient is not None and not patient.strip():
+            raise InputError(f"{where}: the column {group} is empty: name the patient of each image")
+        listing.patients[image] = patient or _patient(group, image, where)
 
 
 def class_folders(folder: Path, group: str | None, positive: str | None) -> Listing:
-    """The images in a folder of class folders.
+    """List the images in class folders: two of any names, or more whose names are all in `LABELS`, such as BUSI's.
 
-    Of two class folders the one with a known positive name is positive, else the second one. More than two must have
-    known names, as BUSI's benign, normal and malignant. BUSI's masks are left out.
+    The positive class is `positive`, else the one known by its name, else the second of two. Masks are left out.
     """
     if not folder.is_dir():
         raise InputError(f"no task at {folder}: name a folder with `task`")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    known = [LABELS.get(name.lower()) for name in names]
-    decided = positive is not None or (None not in known and len(set(known)) == 2)  # which of many are positive
-    if len(names) < 2 or (len(names) > 2 and not decided):
-        found = (
-            f"{len(names)} folders ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})" if names else "none"
-        )
-        raise InputError(
-            f"{folder} is no task: it needs a folder dataframe with fold files, or two class folders, and has {found}"
-        )
-    if positive is not None and positive not in names:
-        raise InputError(f"`positive={positive}` is no class folder of {folder}: name {' or '.join(names)}")
-    # Of two, the class whose name is known as positive, or beside one known as negative; else the second in order.
-    if positive is not None:
-        positives = {positive}
-    elif len(names) == 2:
-        positives = {names[0 if known in ([1, None], [1, 0], [None, 0]) else 1]}
-    else:
-        positives = {name for name, label in zip(names, known, strict=True) if label == 1}
+    positives = _positives(folder, names, positive)
     listing = Listing(words={0: set(names) - positives, 1: positives})
     for path in sorted(folder.glob("*/**/*")):
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not MASK.search(path.stem):
             image = path.relative_to(folder).as_posix()
             if not image.isprintable() or image != image.encode(errors="replace").decode():
                 raise InputError(f"{folder}: {image!a} is no name that a fold file can hold: rename it")
-            if image.split("/")[0] in names:
-                listing.labels[image] = int(image.split("/")[0] in positives)
+            name = image.split("/")[0]
+            if name in names:
+                listing.labels[image] = int(name in positives)
                 listing.sources[image] = str(folder)
                 if group is not None:
                     listing.patients[image] = _patient(group, image, str(folder))
     return listing
 
 
-def make_folds(folder: Path, listing: Listing, seed: int) -> dict[tuple[str, int], list[str]]:
-    """Stratified folds in which no patient lies in two parts; each fold is validated on the next one's test images."""
+def _positives(folder: Path, names: list[str], positive: str | None) -> set[str]:
+    """Which of the class folders `names` are positive. Raises `InputError` if their names do not decide it."""
+    labels = [LABELS.get(name.lower()) for name in names]
+    decided = positive is not None or (None not in labels and len(set(labels)) == 2)
+    if len(names) < 2 or (len(names) > 2 and not decided):
+        shown = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+        raise InputError(
+            f"{folder} is no task: it needs a folder dataframe with fold files, or two class folders, and has "
+            f"{f'{len(names)} folders ({shown})' if names else 'none'}"
+        )
+    if positive is not None:
+        if positive not in names:
+            raise InputError(f"`positive={positive}` is no class folder of {folder}: name {' or '.join(names)}")
+        return {positive}
+    if len(names) == 2:
+        # The first class is positive if its name says so, or if the second one's says that it is negative.
+        return {names[0 if labels in ([1, None], [1, 0], [None, 0]) else 1]}
+    return {name for name, label in zip(names, labels, strict=True) if label == 1}
+
+
+def make_folds(folder: Path, listing: Listing, seed: int) -> ImagesBySplit:
+    """Divide the images into stratified folds; each fold is validated on the test images of the next.
+
+    The images of a patient are all in one fold's test images. Raises `InputError` for too few images or patients.
+    """
     images = np.array(sorted(listing.labels))
     labels = np.array([listing.labels[image] for image in images])
     patients = [listing.patients.get(image, image) for image in images]
@@ -113,18 +146,18 @@ def make_folds(folder: Path, listing: Listing, seed: int) -> dict[tuple[str, int
             raise InputError(f"{folder}/{min(words)} has {found} {what}: each of the {FOLDS} folds needs one")
     grouped = bool(listing.patients)
     splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(FOLDS, shuffle=True, random_state=seed)
-    parts = [test for _, test in splitter.split(images, labels, patients if grouped else None)]
-    named: dict[tuple[str, int], list[str]] = {}
+    tests = [rows for _, rows in splitter.split(images, labels, patients if grouped else None)]
+    images_by_split: ImagesBySplit = {}
     for fold in range(FOLDS):
-        after = (fold + 1) % FOLDS
-        rest = np.concatenate([part for index, part in enumerate(parts) if index not in (fold, after)])
-        for split, rows in (("train", np.sort(rest)), ("val", parts[after]), ("test", parts[fold])):
+        following = (fold + 1) % FOLDS
+        rest = np.concatenate([rows for index, rows in enumerate(tests) if index not in (fold, following)])
+        for split, rows in (("train", np.sort(rest)), ("val", tests[following]), ("test", tests[fold])):
             if len(set(labels[rows])) < 2:
                 raise InputError(
                     f"{folder}: {split} of fold {fold + 1} would have one class only: too few patients"
                 )
-            named[split, fold + 1] = images[rows].tolist()
-    return named
+            images_by_split[split, fold + 1] = images[rows].tolist()
+    return images_by_split
 
 
 def _patient(group: str, image: str, where: str) -> str:
@@ -149,8 +182,8 @@ def _fold_files(frames: Path) -> dict[tuple[str, int], Path]:
     return files
 
 
-def _rows(path: Path, group: str | None) -> Iterator[tuple[str, str, str, str | None]]:
-    """(where it stands, image, class, value of the column `group` if any) of each row of a fold file."""
+def _rows(path: Path, group: str | None) -> Iterator[_Row]:
+    """The rows of a fold file. Raises `InputError` for missing columns, unknown labels and broken files."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             reader = csv.DictReader(file)
@@ -169,6 +202,7 @@ def _rows(path: Path, group: str | None) -> Iterator[tuple[str, str, str, str | 
                     raise InputError(f"{where}: names no image")
                 if label.lower() not in LABELS:
                     raise InputError(f"{where}: label {label!r} is none of {', '.join(LABELS)}")
-                yield where, re.sub(r"^(\./)+", "", image), label.lower(), row.get(group) if group else None
+                patient = row.get(group) if group else None
+                yield _Row(where, re.sub(r"^(\./)+", "", image), label.lower(), patient)
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path} is no CSV file in UTF-8 ({error})") from error

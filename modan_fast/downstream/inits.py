@@ -1,4 +1,4 @@
-"""The encoders that an evaluation judges: of a run, of a file, torchvision's for ImageNet, or random ones."""
+"""The encoders that an evaluation judges, by name: of a run, of a file, `imagenet`, or `scratch`; where each starts."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)
 
-TORCHVISION = Path("torchvision")  # recorded as the path if no file of ImageNet's weights was named
-FRESH = ("scratch", "imagenet")  # inits that are no run of ours
+TORCHVISION = Path("torchvision")  # the recorded path of ImageNet's weights if no file was named
+WITHOUT_RUN = ("scratch", "imagenet")
 
 
 @dataclass(frozen=True)
 class Init:
-    """An encoder to judge; `given` is None for `scratch`, whose weights are sampled anew for each fold run."""
+    """An encoder to judge. `weights` is None for `scratch`, which gets new random weights in every fold run.
+
+    `path` and `sha256` are of its file (for `imagenet`, the digest is of the weights), `method` is how it was
+    pretrained, if known.
+    """
 
     name: str
     stem: Stem
-    given: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor] | None = None
     path: Path | None = None
     sha256: str | None = None
     method: str | None = None
 
-    def weights(self, fold_run: FoldRun, seed: int) -> Mapping[str, Tensor]:
-        """The initial weights of the encoder for a fold run, on the CPU."""
-        if self.given is not None:
-            return self.given
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(fold_run.seed(seed, "encoder"))
-            return Encoder(self.stem).weights
+    def weights_for(self, fold_run: FoldRun, seed: int) -> Mapping[str, Tensor]:
+        """The encoder's weights, on the CPU, from which a fold run starts."""
+        if self.weights is not None:
+            return self.weights
+        return random_encoder(self.stem, fold_run.seed(seed, "encoder")).weights
 
     def record(self) -> dict[str, Any]:
-        """The entry in runs.json. It records the stem of `scratch` among the recipe's settings."""
+        """Its entry in runs.json. The stem of `scratch` is one of the recipe's settings there."""
         if self.path is None:
             return {"kind": "scratch"}
         record = {
@@ -66,44 +68,37 @@ class Init:
 
 
 def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
-    """The inits of `config`, loaded. One is named as its folder or, where that name is taken, as it was given."""
-    paths = {text: encoder_file(Path(text).resolve()) for text in config.init if text not in FRESH}
-    digests = {text: hashlib.sha256(path.read_bytes()).hexdigest() for text, path in paths.items()}
+    """Load the inits of `config`; `known` are those that the results folder has already, by name.
+
+    Raises `InputError` for a missing or unusable file, and for weights that are not finite.
+    """
+    paths = {text: encoder_file(Path(text).resolve()) for text in config.init if text not in WITHOUT_RUN}
+    files = {text: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for text, path in paths.items()}
     inits: dict[str, Init] = {}
     for text in config.init:
         if text == "scratch":
-            inits[text] = Init(text, config.stem)
-            continue
-        if text == "imagenet":
-            inits[text] = imagenet(
-                config.imagenet_weights, config.stem, config.seed, sum_filters=config.sum_filters
-            )
-            continue
-        path, sha256, name = paths[text], digests[text], _short_name(paths[text])
-        same = (
-            each for each, init in known.items() if (init.get("sha256"), init.get("path")) == (sha256, str(path))
-        )
-        if before := next(same, None):
-            name, taken = before, False
-        elif name in known:
-            # The same file with other weights keeps its name, to be refused under it.
-            taken = known[name].get("sha256") != sha256 and known[name].get("path") != str(path)
+            init = Init(text, config.stem)
+        elif text == "imagenet":
+            weights, seed = config.imagenet_weights, config.seed
+            init = imagenet(weights, config.stem, seed, sum_filters=config.sum_filters)
         else:
-            taken = any(_short_name(paths[other]) == name and digests[other] != sha256 for other in paths)
-        if taken or name in FRESH:
-            name = text
-        encoder = load_encoder(path)
-        if not all(tensor.isfinite().all() for tensor in encoder.weights.values()):
-            raise InputError(f"{path} holds weights that are not finite: its pretraining diverged")
-        inits[name] = Init(name, encoder.stem, encoder.weights, path, sha256, _method(path))
+            init = _from_file(_name(text, files, known), *files[text])
+        inits[init.name] = init
     return list(inits.values())
 
 
-def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> Init:
-    """The init `imagenet`, from a file or else torchvision; its digest is that of the weights in the file.
+def random_encoder(stem: Stem, seed: int) -> Encoder:
+    """An encoder with random weights; torch's global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Encoder(stem)
 
-    A random stem is sampled from the seed, and so is the same in all fold runs. The paper's 3x3 stem cannot hold
-    ImageNet's filters: a warning says so.
+
+def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> Init:
+    """The init `imagenet`, from a file or from torchvision. Its digest is of the weights before the stem was fitted.
+
+    A random stem is sampled from `seed`, so it is the same in all fold runs. A warning is logged if ImageNet's filters
+    were to be kept but do not fit the stem, as in the recipe `paper`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -114,20 +109,45 @@ def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> 
             "keeps it",
             stem,
         )
-    given = imagenet_weights(path)
-    digest = hashlib.sha256(b"".join(given[key].numpy().tobytes() for key in sorted(given))).hexdigest()
+    weights = imagenet_weights(path)
+    digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
     return Init("imagenet", stem, encoder.weights, path or TORCHVISION, digest)
 
 
+def _from_file(name: str, path: Path, sha256: str) -> Init:
+    encoder = load_encoder(path)
+    if not all(tensor.isfinite().all() for tensor in encoder.weights.values()):
+        raise InputError(f"{path} holds weights that are not finite: its pretraining diverged")
+    return Init(name, encoder.stem, encoder.weights, path, sha256, _method(path))
+
+
+def _name(text: str, files: Mapping[str, tuple[Path, str]], known: Mapping[str, Any]) -> str:
+    """The name of the init given as `text`: that of its folder, or `text` if another init has that name.
+
+    `files` has the path and SHA-256 of each init that has a file.
+    """
+    path, sha256 = files[text]
+    for name, record in known.items():
+        if (record.get("path"), record.get("sha256")) == (str(path), sha256):
+            return name
+    name = _short_name(path)
+    if name in known:
+        # A file whose weights have changed keeps its name, so that `Results.admit` refuses it.
+        taken = known[name].get("path") != str(path) and known[name].get("sha256") != sha256
+    else:
+        taken = any(_short_name(other) == name and digest != sha256 for other, digest in files.values())
+    return text if taken or name in WITHOUT_RUN else name
+
+
+def _short_name(path: Path) -> str:
+    """`mulsupcon` for mulsupcon/encoder.safetensors, `mulsupcon/encoder-0200` for another file beside it."""
+    return path.parent.name if path.stem == "encoder" else f"{path.parent.name}/{path.stem}"
+
+
 def _method(path: Path) -> str | None:
-    """The pretraining method of an encoder's file, from its run's config.json or else the file's metadata."""
+    """How the encoder in a file was pretrained: from its run's config.json, else from the file's own metadata."""
     run = path.parent / "config.json"
     if run.is_file():
         settings = read_json(run).get("settings")
         return settings.get("method") if isinstance(settings, dict) else None
     return encoder_metadata(path).get("method")
-
-
-def _short_name(path: Path) -> str:
-    """`mulsupcon` for mulsupcon/encoder.safetensors, `mulsupcon/encoder-0200` for another file in the folder."""
-    return path.parent.name if path.stem == "encoder" else f"{path.parent.name}/{path.stem}"

@@ -1,7 +1,7 @@
-"""Linear probes of a frozen encoder: its features are extracted once, and all heads train together.
+"""Linear probes of a frozen encoder: features are extracted once, then all heads of an experiment train together.
 
-N images, F features, G = F + 1 of them with the constant 1 that carries the bias, R heads, B images a
-batch, C = 2 classes.
+N images, F features, G = F + 1 of them with a constant 1 for the bias, R heads (one per fold run), B images a batch,
+C = 2 classes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from modan_fast.config import EvaluateConfig
 from modan_fast.downstream.tasks import FoldRun, Task
 from shard_builder.settings import InputError
 
+CLASSES = 2
 SCORING_BATCH = 64  # images at once where nothing is trained; bounds memory, changes no result
 
 
@@ -27,10 +28,10 @@ def lr_at(epoch: int, *, peak: float) -> float:
 
 
 def initial_head(fold_run: FoldRun, seed: int, num_features: int) -> Tensor:
-    """Weights and, in the last column, biases (C, G) of a linear head, with the distribution of nn.Linear."""
+    """Initial weights of a linear head, with the biases in the last column (C, G); distributed as in nn.Linear."""
     bound = num_features**-0.5
     generator = fold_run.generator(seed, "head")
-    return torch.empty(2, num_features + 1).uniform_(-bound, bound, generator=generator)
+    return torch.empty(CLASSES, num_features + 1).uniform_(-bound, bound, generator=generator)
 
 
 def apply(network: Callable[[Tensor], Tensor], pixels: Tensor, compute_type: torch.dtype) -> Tensor:
@@ -42,13 +43,13 @@ def apply(network: Callable[[Tensor], Tensor], pixels: Tensor, compute_type: tor
 
 @torch.no_grad()
 def apply_to_all(network: nn.Module, pixels: Tensor, compute_type: torch.dtype) -> Tensor:
-    """The same for any number of pixels, in evaluation mode, batch by batch."""
+    """`apply` for any number of images, batch by batch, in evaluation mode and without gradients."""
     network.eval()
     return torch.cat([apply(network, batch, compute_type) for batch in pixels.split(SCORING_BATCH)])
 
 
 def extract(encoder: nn.Module, pixels: Tensor, compute_type: torch.dtype) -> Tensor:
-    """Features (N, F) float32 of pixels (N, 1, H, W). Raises `InputError` where one is not finite."""
+    """Features (N, F) float32 of pixels (N, 1, H, W). Raises `InputError` if one is not finite."""
     features = apply_to_all(encoder, pixels, compute_type)
     if not features.isfinite().all():
         raise InputError(
@@ -64,19 +65,19 @@ def train_heads(
     config: EvaluateConfig,
     advance: Callable[[int], None] = lambda epochs: None,
 ) -> tuple[Tensor, Tensor]:
-    """Train one linear head per fold run; the scores (R, N) float32 that they give all images, and the validation
-    losses (R, epochs) float32, both on the CPU.
+    """Train one linear head per fold run. Returns the scores (R, N) of all images and the validation losses
+    (R, epochs), both float32 on the CPU.
 
-    A score is the probability of the positive class. Each head equals one trained alone with
-    torch.optim.Adam: cross-entropy, its own order and initial weights, the weights of the lowest validation loss.
-    Training is in float64, so that a score rounds to the same float32 whatever other heads are trained. `advance` is
-    called after each epoch with the number of epochs done, one a head.
+    A score is the probability of the positive class. Each head is trained as by torch.optim.Adam alone: cross-entropy,
+    its own batch order and initial weights; `model_selection` chooses the epoch that is judged. Training is in
+    float64, so that a score rounds to the same float32 whichever heads train beside it. `advance` is called after each
+    epoch with the number of heads that trained in it.
     """
     inputs_NG = functional.pad(features_NF.double(), (0, 1), value=1.0)
     scores_RN = torch.empty(len(fold_runs), len(inputs_NG))
     losses_RE = torch.empty(len(fold_runs), config.epochs)
-    # Heads whose folds have as many batches an epoch take every step together.
-    steps = [-(-len(task.folds[fold_run.fold - 1].train) // config.batch_size) for fold_run in fold_runs]
+    # Heads with equally many batches per epoch take every step together.
+    steps = [-(-len(task.fold_of(fold_run).train) // config.batch_size) for fold_run in fold_runs]
     for count in sorted(set(steps)):
         rows = [row for row, each in enumerate(steps) if each == count]
         scores, losses = _train_in_step(inputs_NG, task, [fold_runs[row] for row in rows], config, advance)
@@ -91,28 +92,27 @@ def _train_in_step(
     config: EvaluateConfig,
     advance: Callable[[int], None],
 ) -> tuple[Tensor, Tensor]:
-    """The same for heads whose folds have equally many batches.
+    """`train_heads` for heads with equally many batches per epoch.
 
     With two classes the softmax is the sigmoid of the difference of the two logits, and Adam moves the two rows
-    of a head by opposite steps of equal length. So their difference is trained, at twice the learning rate.
+    of a head by opposite steps of equal length. So the difference of the rows is trained, at twice the learning rate.
     """
     assert config.probe_lr is not None
-    device, heads = inputs_NG.device, len(fold_runs)
-    folds = [task.folds[fold_run.fold - 1] for fold_run in fold_runs]
+    device, heads, num_features = inputs_NG.device, len(fold_runs), inputs_NG.shape[1] - 1
+    folds = [task.fold_of(fold_run) for fold_run in fold_runs]
     labels_N = torch.from_numpy(task.labels).to(inputs_NG)
     val_RN = inputs_NG.new_zeros(heads, len(inputs_NG))  # weights of the images in a head's validation loss
     for weights_N, fold in zip(val_RN, folds, strict=True):
         weights_N[torch.from_numpy(fold.val)] = 1 / len(fold.val)
     orders = [fold_run.generator(config.seed, "order") for fold_run in fold_runs]
 
-    start_RCG = torch.stack(
-        [initial_head(fold_run, config.seed, inputs_NG.shape[1] - 1) for fold_run in fold_runs]
-    ).to(inputs_NG)
+    starts = [initial_head(fold_run, config.seed, num_features) for fold_run in fold_runs]
+    start_RCG = torch.stack(starts).to(inputs_NG)
     head_R1G = (start_RCG[:, 1:] - start_RCG[:, :1]).requires_grad_()
     optimizer = torch.optim.Adam([head_R1G], fused=True)
     best_R1G, best_R = head_R1G.detach(), inputs_NG.new_full((heads,), torch.inf)
-    # One place for all batches: a new one each step would cost as much as what is copied there.
-    batch_MG = inputs_NG.new_empty(heads * config.batch_size, inputs_NG.shape[1])
+    # One buffer for all batches: allocating one per step would cost as much as copying into it.
+    buffer_MG = inputs_NG.new_empty(heads * config.batch_size, inputs_NG.shape[1])
     losses: list[Tensor] = []
     for epoch in range(config.epochs):
         optimizer.param_groups[0]["lr"] = 2 * lr_at(epoch, peak=config.probe_lr)
@@ -123,9 +123,9 @@ def _train_in_step(
             ]
         )
         for rows_RB in order.to(device).split(config.batch_size, dim=1):
-            gathered = batch_MG[: rows_RB.numel()]
-            torch.index_select(inputs_NG, 0, rows_RB.clamp(min=0).flatten(), out=gathered)
-            inputs_RBG = gathered.unflatten(0, rows_RB.shape)
+            batch_MG = buffer_MG[: rows_RB.numel()]
+            torch.index_select(inputs_NG, 0, rows_RB.clamp(min=0).flatten(), out=batch_MG)
+            inputs_RBG = batch_MG.unflatten(0, rows_RB.shape)
             real_RB = (rows_RB >= 0).to(inputs_NG)
             loss = functional.binary_cross_entropy_with_logits(
                 (head_R1G @ inputs_RBG.mT)[:, 0],
@@ -148,12 +148,13 @@ def _train_in_step(
             best_R1G = torch.where(better_R[:, None, None], head_R1G, best_R1G)
         losses.append(loss_R)
         advance(heads)
-    # One head at a time: a product with many heads would round otherwise than one with few.
-    scores = [torch.sigmoid(inputs_NG @ head_1G[0]) for head_1G in best_R1G]
+    judged_R1G = best_R1G if config.model_selection == "lowest-val-loss" else head_R1G.detach()
+    # One head at a time: a product with many heads would round differently from one with few.
+    scores = [torch.sigmoid(inputs_NG @ head_1G[0]) for head_1G in judged_R1G]
     return torch.stack(scores).float(), torch.stack(losses, dim=1).float()
 
 
 def _padded(rows: Sequence[NDArray[np.int64]]) -> Tensor:
-    """Arrays of rows as one matrix, -1 where an array has ended."""
+    """Arrays of rows as one matrix, padded with -1."""
     tensors = [torch.from_numpy(each) for each in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-1)

@@ -1,5 +1,7 @@
-"""The results folder: predictions.csv and curves.csv, to which finished fold runs are appended, and runs.json, which
-records what made them. Inits, tasks, protocols, recipes and repeats can be added later; other settings are refused.
+"""The results folder: predictions.csv and curves.csv, one fold run appended after another, and runs.json.
+
+runs.json records what was judged and how. Inits, tasks, protocols, recipes and repeats can be added later; other
+settings are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from modan_fast.config import to_json
 from modan_fast.downstream.tasks import FoldRun, Task
@@ -28,7 +29,7 @@ FORMAT = 1
 
 
 class Experiment(NamedTuple):
-    """All repeats and folds of one task, init, recipe and protocol. The first columns of predictions.csv."""
+    """What is compared: an init judged on a task by a protocol. These are the first columns of predictions.csv."""
 
     task: str
     init: str
@@ -40,19 +41,14 @@ COLUMNS = (*Experiment._fields, "repeat", "fold", "image", "label", "score")
 CURVE_COLUMNS = (*Experiment._fields, "repeat", "fold", "epoch", "val_loss")
 
 
-def auc(
-    labels: Sequence[int] | NDArray[np.int64], scores: Sequence[float] | NDArray[np.floating[Any]]
-) -> float | None:
-    """Area under the ROC curve, in [0, 1]; None where a class is missing or a score is not finite."""
-    if len(set(labels)) < 2 or not np.isfinite(scores).all():
-        return None
-    return float(roc_auc_score(labels, scores))
-
-
 def recorded_settings(runs: Mapping[str, Any], recipe: str) -> dict[str, Any]:
-    """The settings that runs.json records for a recipe; one that it lacks, being older, has the recipe's value."""
-    defaults = to_json(evaluate_config({"recipe": recipe, "init": ("scratch",)}).resolved())
-    return {**defaults, **runs["settings"].get(recipe, {})}
+    """The settings that runs.json records for a recipe.
+
+    Settings that are not recorded, because an earlier version wrote the file, have the recipe's values. Raises
+    `InputError` for an unknown recipe.
+    """
+    defaults = evaluate_config({"recipe": recipe, "init": ["scratch"]}).resolved()
+    return {**to_json(defaults), **runs["settings"].get(recipe, {})}
 
 
 @dataclass(frozen=True)
@@ -64,17 +60,24 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path) -> Results:
-        """The folder as it is, or as a new one would be: nothing is written. `InputError` if it is no such."""
+        """Open a results folder, or one that does not exist yet; nothing is written.
+
+        Raises `InputError` if the folder holds anything else.
+        """
         path = folder / "runs.json"
         if not path.exists():
             if (folder / "predictions.csv").exists():
-                raise InputError(f"{folder} has predictions.csv but no runs.json: choose another with `out`")
+                raise InputError(
+                    f"{folder} has predictions.csv but no runs.json: choose another folder with `out`"
+                )
             if not is_new(folder):
                 raise InputError(f"{folder} exists and is no results folder: choose another one with `out`")
             return cls(folder, {"format": FORMAT, "settings": {}, "tasks": {}, "inits": {}, "times": []})
         runs = read_json(path)
         if runs.get("format") != FORMAT:
-            raise InputError(f"{path} has format {runs.get('format')}, this version reads {FORMAT}")
+            raise InputError(
+                f"{path} has format {runs.get('format')}, this version reads {FORMAT}: use the version that wrote it"
+            )
         return cls(folder, runs)
 
     @property
@@ -84,21 +87,15 @@ class Results:
 
     @property
     def curves(self) -> Path:
-        """Its curves.csv: the validation loss after each epoch of each fold_run."""
+        """Its curves.csv: the validation loss after each epoch of each fold run."""
         return self.folder / "curves.csv"
 
     def admit(
         self, recipe: str, settings: Mapping[str, Any], task: Task, inits: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Add what is new to `runs`; `InputError` where something contradicts what the folder was made with."""
-        before = recorded_settings(self.runs, recipe) if recipe in self.runs["settings"] else settings
-        for name, value in settings.items():
-            if before.get(name) != value:
-                setting = f"`{name}={before.get(name)}`"
-                raise InputError(
-                    f"{self.folder} was made with {setting}, not {value}: "
-                    f"pass {setting}, or choose another folder with `out`"
-                )
+        """Add settings, task and inits to `runs`. Raises `InputError` if they contradict what is recorded there."""
+        if recipe in self.runs["settings"]:
+            self._compare(recorded_settings(self.runs, recipe), settings)
         self.runs["settings"][recipe] = dict(settings)
         record = {
             "path": str(task.folder.resolve()),
@@ -110,13 +107,22 @@ class Results:
         if self.runs["tasks"].setdefault(task.name, record)["sha256"] != task.sha256:
             raise InputError(
                 f"{self.folder} was made with other images or folds of task {task.name}: "
-                f"choose another folder with `out`"
+                "choose another folder with `out`"
             )
         for name, init in inits.items():
             if self.runs["inits"].setdefault(name, dict(init)).get("sha256") != init.get("sha256"):
                 raise InputError(
                     f"the weights of {name} ({init.get('path')}) have changed since {self.folder} was made: "
-                    f"choose another folder with `out`"
+                    "choose another folder with `out`"
+                )
+
+    def _compare(self, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            if recorded.get(name) != value:
+                setting = f"`{name}={recorded.get(name)}`"
+                raise InputError(
+                    f"{self.folder} was made with {setting}, not {value}: "
+                    f"pass {setting}, or choose another folder with `out`"
                 )
 
     def save(self) -> None:
@@ -124,20 +130,19 @@ class Results:
         write_json(self.folder / "runs.json", self.runs)
 
     def finished(self) -> set[tuple[Experiment, FoldRun]]:
-        """The finished fold runs in predictions.csv. Half a line or half a fold run, left by a kill, is cut off."""
+        """The fold runs whose test images are all in predictions.csv. Unfinished ones are removed from both files."""
         keys, lines = _lines(self.predictions, COLUMNS)
         wanted = {}
         for number, key in enumerate(keys, start=2):
+            experiment, fold_run = key
             try:
-                experiment, fold_run = key
                 wanted[key] = self.runs["tasks"][experiment.task]["test_images"][fold_run.fold - 1]
             except (IndexError, KeyError, TypeError) as error:
-                where = f"{self.predictions}, line {number}"
-                raise InputError(f"{where}: damaged; choose another folder with `out`") from error
-        whole = {key for key, count in Counter(keys).items() if count == wanted[key]}
-        _keep(self.predictions, keys, lines, whole)
-        _keep(self.curves, *_lines(self.curves, CURVE_COLUMNS), whole)
-        return whole
+                raise _damaged(self.predictions, number) from error
+        finished = {key for key, count in Counter(keys).items() if count == wanted[key]}
+        _keep(self.predictions, keys, lines, finished)
+        _keep(self.curves, *_lines(self.curves, CURVE_COLUMNS), finished)
+        return finished
 
     def append(
         self,
@@ -147,17 +152,17 @@ class Results:
         scores: Sequence[NDArray[np.float32]],
         losses: Sequence[NDArray[np.float32]],
     ) -> None:
-        """Append the test images of `fold_runs` to predictions.csv, and their validation losses to curves.csv.
+        """Append the test images of the fold runs to predictions.csv, and their validation losses to curves.csv.
 
-        A number is its shortest exact float32 decimal.
+        Numbers are written as the shortest decimal that gives the same float32.
         """
         curves, predictions = [], []
-        for fold_run, fold_scores, fold_losses in zip(fold_runs, scores, losses, strict=True):
+        for fold_run, test_scores, val_losses in zip(fold_runs, scores, losses, strict=True):
             key = (*experiment, fold_run.repeat, fold_run.fold)
-            curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(fold_losses, start=1)]
-            for row, score in zip(task.folds[fold_run.fold - 1].test, fold_scores, strict=True):
+            curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(val_losses, start=1)]
+            for row, score in zip(task.fold_of(fold_run).test, test_scores, strict=True):
                 predictions.append((*key, task.images[row], task.labels[row], str(score)))
-        # The predictions come last, because a fold run with predictions counts as finished.
+        # The predictions come last, because a fold run that has them counts as finished.
         _append(self.curves, CURVE_COLUMNS, curves)
         _append(self.predictions, COLUMNS, predictions)
 
@@ -170,7 +175,7 @@ class Results:
         seconds: float,
         device: str,
     ) -> None:
-        """Add the wall-clock of `fold_runs`, all their work included, to the line of the experiment and device."""
+        """Add the wall-clock time of fold runs, with everything they needed, to that of their experiment and device."""
         times = self.runs["times"]
         key = {**experiment._asdict(), "device": device}
         line = next((line for line in times if key.items() <= line.items()), None)
@@ -178,16 +183,16 @@ class Results:
             line = {**key, "cells": 0, "images": 0, "seconds": 0.0}
             times.append(line)
         line["cells"] += len(fold_runs)
-        line["images"] += epochs * sum(len(task.folds[fold_run.fold - 1].train) for fold_run in fold_runs)
+        line["images"] += epochs * sum(len(task.fold_of(fold_run).train) for fold_run in fold_runs)
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
 
 
 def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Experiment, FoldRun]], list[bytes]]:
-    """The fold run of each line of a CSV file, and the lines with the head; an unfinished last line is left out.
+    """The experiment and fold run of each line of a CSV file, and the lines with the header before them.
 
-    Raises `InputError` for a line that names no fold run, and where the columns are not `columns`.
+    An unfinished last line is left out. Raises `InputError` for a damaged line and for other columns than `columns`.
     """
     content = path.read_bytes() if path.exists() else b""
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
@@ -198,25 +203,29 @@ def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Experiment, F
         try:
             keys.append((Experiment(*row[:4]), FoldRun(int(row[4]), int(row[5]))))
         except (IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{path}, line {number}: damaged; choose another folder with `out`") from error
+            raise _damaged(path, number) from error
     return keys, lines
+
+
+def _damaged(path: Path, line: int) -> InputError:
+    return InputError(f"{path}, line {line}: damaged; choose another folder with `out`")
 
 
 def _keep(
     path: Path,
     keys: Sequence[tuple[Experiment, FoldRun]],
     lines: Sequence[bytes],
-    whole: set[tuple[Experiment, FoldRun]],
+    kept: set[tuple[Experiment, FoldRun]],
 ) -> None:
-    """Cut a CSV file down to its head and the lines of the `whole` fold runs."""
-    kept = b"".join([*lines[:1], *(line for key, line in zip(keys, lines[1:], strict=True) if key in whole)])
-    if path.exists() and kept != path.read_bytes():
+    """Reduce a CSV file to its header and the lines of the fold runs in `kept`."""
+    content = b"".join([*lines[:1], *(line for key, line in zip(keys, lines[1:], strict=True) if key in kept)])
+    if path.exists() and content != path.read_bytes():
         with replacing(path) as file:
-            file.write(kept)
+            file.write(content)
 
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Add rows to a CSV file, which gets its head first, and see them on the disk."""
+    """Append rows to a CSV file, to a new one after its header, and flush them to the disk."""
     with path.open("ab") as file:
         if not file.tell():
             file.write(_line(columns))

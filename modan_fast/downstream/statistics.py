@@ -1,51 +1,42 @@
-"""AUCs with confidence intervals from predictions.csv, and tests of one init against the others.
+"""The numbers behind Tables 4 and 5: AUCs with confidence intervals, and Wilcoxon tests of one init against the others.
 
-Repeats on identical folds differ in initial weights and batch order only, so they show the noise of
-training. Only the folds show how a result varies with the patients, as far as five folds can.
+Repeats on identical folds differ in initial weights and batch order only, so their spread is the noise of training.
+The spread over the five folds is the only hint at how results would differ for other patients.
+
+R repeats, F folds.
 """
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from modan_fast.downstream.results import COLUMNS, Experiment, Results, auc
-from modan_fast.downstream.tasks import FoldRun
-from shard_builder.settings import InputError
+from modan_fast.downstream.metrics import auc, sensitivity, specificity
+from modan_fast.downstream.predictions import Predictions, by_fold, read_finished
+from modan_fast.downstream.results import Experiment
 
-THRESHOLD = 0.5  # of the score, from which on an image counts as positive in sensitivity and specificity
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+FEWEST_REPEATS = 3  # of an interval: Student's t with one degree of freedom is wider than [0, 1]
 
-
-class Outcome(NamedTuple):
-    """The test images of a fold run: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
-
-    labels: NDArray[np.int64]
-    scores: NDArray[np.float64]
-
-
-Predictions = Mapping[Experiment, Mapping[FoldRun, Outcome]]
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Row:
-    """An init's line for one task, recipe and protocol. What cannot be computed is None.
+    """The summary of an init for one task, recipe and protocol. What cannot be computed is None.
 
-    `repeats` counts those with all folds of the task. `mean` and `std` are the mean and the sample standard
-    deviation over them of their mean fold AUCs, and `interval` is the 95 % interval of the mean by Student's t.
-    `fold_interval` is a bootstrap of the folds' mean AUCs. `sensitivity` and `specificity` are taken where a score
-    of 0.5 counts as positive, and averaged as the AUC is.
+    `repeats` counts those with all folds of the task. `mean` and `std` are the mean and the sample standard deviation
+    of the repeats' mean fold AUCs. `interval` is the 95 % interval of the mean by Student's t, clipped to [0, 1], from
+    three repeats on. `fold_interval` is a bootstrap of the folds' mean AUCs. `sensitivity` and `specificity` are
+    averaged as the AUC is.
     """
 
     task: str
@@ -63,13 +54,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The reference beside another init, in one task, recipe and protocol. What cannot be computed is None.
+    """The reference against another init, in one task, recipe and protocol. What cannot be computed is None.
 
-    `difference` is the mean over the `repeats` that both have of the reference's AUC minus the other's,
-    `fold_interval` its bootstrap over the folds. The p-values are of the Wilcoxon signed-rank test over the
-    repeats, `greater` against "the reference is not greater"; the `holm` ones are adjusted for all inits that the
-    reference is compared with there. `effect` is the rank-biserial correlation in [-1, 1], 1 where the reference
-    wins every repeat.
+    `difference` is the reference's AUC minus the other's, averaged over the `repeats` that both have, and
+    `fold_interval` its bootstrap over the folds. The p-values are of the Wilcoxon signed-rank test over the repeats:
+    `two_sided`, and `greater` for the alternative that the reference is greater. The `holm` ones are adjusted for all
+    inits that the reference is compared with there. `effect` is the rank-biserial correlation in [-1, 1], 1 if the
+    reference wins every repeat.
     """
 
     task: str
@@ -87,132 +78,29 @@ class Comparison:
     effect: float | None = None
 
 
-def read_predictions(path: Path) -> Predictions:
-    """What predictions.csv holds, in the file's order.
-
-    Raises `InputError` where the file is missing or a line is damaged.
-    """
-    found: dict[Experiment, dict[FoldRun, tuple[list[int], list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: ([], []))
-    )
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            if tuple(next(reader, ())) != COLUMNS:
-                raise InputError(f"{path}, line 1: the columns must be {','.join(COLUMNS)}")
-            for row in reader:
-                try:
-                    task, init, recipe, protocol, repeat, fold, _, label, score = row
-                    labels, scores = found[Experiment(task, init, recipe, protocol)][
-                        FoldRun(int(repeat), int(fold))
-                    ]
-                    labels.append(int(label))
-                    scores.append(float(score))
-                except ValueError as error:
-                    raise InputError(
-                        f"{path}, line {reader.line_num}: damaged; the same evaluation again repairs it"
-                    ) from error
-    except OSError as error:
-        raise InputError(f"no predictions at {path} ({error.strerror}): run an evaluation first") from error
-    return {
-        experiment: {
-            fold_run: Outcome(np.array(labels), np.array(scores))
-            for fold_run, (labels, scores) in fold_runs.items()
-        }
-        for experiment, fold_runs in found.items()
-    }
-
-
-def read_finished(folder: Path) -> tuple[Predictions, int]:
-    """The finished repeats in a results folder, and how many trainings of unfinished ones are left out.
-
-    A repeat is finished when each fold of its task has all test images, as runs.json counts them. Predictions without
-    a runs.json are taken as they are. Raises `InputError` where there is nothing finished, and as `read_predictions`.
-    """
-    predictions = read_predictions(folder / "predictions.csv")
-    tasks = Results.open(folder).runs["tasks"] if (folder / "runs.json").exists() else {}
-    finished: dict[Experiment, dict[FoldRun, Outcome]] = {}
-    for experiment, fold_runs in predictions.items():
-        wanted = tasks.get(experiment.task, {}).get("test_images")
-        repeats = {fold_run.repeat for fold_run in fold_runs}
-        if wanted is not None:
-            repeats = {
-                repeat
-                for repeat in repeats
-                if all(
-                    (outcome := fold_runs.get(FoldRun(repeat, fold))) and len(outcome.labels) == images
-                    for fold, images in enumerate(wanted, start=1)
-                )
-            }
-        if whole := {fold_run: outcome for fold_run, outcome in fold_runs.items() if fold_run.repeat in repeats}:
-            finished[experiment] = whole
-    if not finished:
-        raise InputError(
-            f"{folder / 'predictions.csv'} has no finished repeat: run the evaluation to its end first"
-        )
-    return finished, sum(map(len, predictions.values())) - sum(map(len, finished.values()))
-
-
 def auc_table(folder: Path) -> list[Row]:
-    """`summaries` of what is finished in a results folder."""
+    """`summaries` of the finished repeats in a results folder. Raises `InputError` if there are none."""
     return summaries(read_finished(folder)[0])
 
 
-def by_fold(
-    predictions: Predictions, measure: Callable[[Outcome], float | None]
-) -> dict[Experiment, dict[int, NDArray[np.float64]]]:
-    """A measure of each fold, `[experiment][repeat][fold - 1]`, of the repeats with all folds; NaN where it is None."""
-    folds: dict[str, set[int]] = defaultdict(set)
-    for experiment, fold_runs in predictions.items():
-        folds[experiment.task].update(fold_run.fold for fold_run in fold_runs)
-    table: dict[Experiment, dict[int, NDArray[np.float64]]] = {}
-    for experiment, fold_runs in predictions.items():
-        wanted = sorted(folds[experiment.task])
-        repeats = sorted({fold_run.repeat for fold_run in fold_runs})
-        table[experiment] = {
-            # None becomes NaN.
-            repeat: np.array([measure(fold_runs[FoldRun(repeat, fold)]) for fold in wanted], np.float64)
-            for repeat in repeats
-            if all(FoldRun(repeat, fold) in fold_runs for fold in wanted)
-        }
-    return table
-
-
-def fold_auc(outcome: Outcome) -> float | None:
-    """The AUC of a fold run."""
-    return auc(outcome.labels, outcome.scores)
-
-
-def sensitivity(outcome: Outcome) -> float | None:
-    """Share of the positive images whose score is at least 0.5; None where one is not finite."""
-    return _share(outcome, 1, outcome.scores >= THRESHOLD)
-
-
-def specificity(outcome: Outcome) -> float | None:
-    """Share of the negative images whose score is below 0.5; None where one is not finite."""
-    return _share(outcome, 0, outcome.scores < THRESHOLD)
-
-
 def summaries(predictions: Predictions) -> list[Row]:
-    """One row a (task, recipe, protocol, init), in the order of `predictions`."""
-    found, missed = by_fold(predictions, sensitivity), by_fold(predictions, specificity)
+    """One row per experiment, in the order of `predictions`."""
+    sensitivities, specificities = by_fold(predictions, sensitivity), by_fold(predictions, specificity)
     rows = []
-    for experiment, repeats in by_fold(predictions, fold_auc).items():
-        aucs_R, spread, reach = _repeat_means(repeats), None, None
-        if len(aucs_R) > 1 and np.isfinite(aucs_R).all():
-            spread = statistics.stdev(aucs_R)
-            reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(aucs_R) - 1)) * spread / len(aucs_R) ** 0.5
+    for experiment, aucs in by_fold(predictions, auc).items():
+        aucs_R = _repeat_means(aucs)
         mean = _mean(aucs_R)
+        std = None if mean is None or len(aucs_R) < 2 else statistics.stdev(aucs_R)
         rows.append(
             Row(
                 **experiment._asdict(),
-                repeats=len(repeats),
+                repeats=len(aucs_R),
                 mean=mean,
-                std=spread,
-                interval=None if mean is None or reach is None else (mean - reach, mean + reach),
-                fold_interval=_bootstrap(list(repeats.values())),
-                sensitivity=_mean(_repeat_means(found[experiment])),
-                specificity=_mean(_repeat_means(missed[experiment])),
+                std=std,
+                interval=_interval(mean, std, len(aucs_R)),
+                fold_interval=_bootstrap(list(aucs.values())),
+                sensitivity=_mean(_repeat_means(sensitivities[experiment])),
+                specificity=_mean(_repeat_means(specificities[experiment])),
             )
         )
     return rows
@@ -220,13 +108,13 @@ def summaries(predictions: Predictions) -> list[Row]:
 
 def comparisons(predictions: Predictions, reference: str) -> list[Comparison]:
     """The init `reference` against each other one, wherever it was judged, in the order of `predictions`."""
-    table = by_fold(predictions, fold_auc)
+    table = by_fold(predictions, auc)
     families: dict[Experiment, list[Comparison]] = defaultdict(list)
     for experiment, repeats in table.items():
         own = experiment._replace(init=reference)
         if own in table and experiment != own:
             both = sorted(table[own].keys() & repeats.keys())
-            # Rounded, so that differences that are equal but for rounding are ties.
+            # Rounded, so that differences which only differ in their last bits tie.
             differences_RF = [(table[own][repeat] - repeats[repeat]).round(12) for repeat in both]
             families[own].append(_compare(experiment, reference, differences_RF))
     adjusted = []
@@ -240,7 +128,7 @@ def comparisons(predictions: Predictions, reference: str) -> list[Comparison]:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment of a family of p-values; None is no member of it (Scand. J. Stat. 6, 1979)."""
+    """Holm's step-down adjustment of a family of p-values, without those that are None (Scand. J. Stat. 6, 1979)."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -250,7 +138,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _compare(experiment: Experiment, reference: str, differences_RF: Sequence[NDArray[np.float64]]) -> Comparison:
-    """The comparison, not yet adjusted, from the differences of fold AUCs of each repeat."""
+    """The comparison, not yet adjusted, from the differences of the fold AUCs of each repeat."""
     differences_R = np.array([each.mean() for each in differences_RF]).round(12)
     compared = Comparison(
         **experiment._asdict(),
@@ -262,7 +150,7 @@ def _compare(experiment: Experiment, reference: str, differences_RF: Sequence[ND
     nonzero = np.count_nonzero(differences_R)
     if compared.difference is None or not nonzero:
         return compared
-    # Zeros are dropped, ties share their mean rank; up to 50 repeats without ties, and 13 with, p is exact.
+    # Zeros are dropped, ties share their mean rank; p is exact up to 50 repeats without ties, and up to 13 with ties.
     greater = stats.wilcoxon(differences_R, alternative="greater")
     rank_sum = nonzero * (nonzero + 1) / 2
     return replace(
@@ -273,17 +161,25 @@ def _compare(experiment: Experiment, reference: str, differences_RF: Sequence[ND
     )
 
 
+def _interval(mean: float | None, std: float | None, repeats: int) -> Interval | None:
+    """Student's t interval of a mean AUC, clipped to [0, 1]; None below `FEWEST_REPEATS`."""
+    if mean is None or std is None or repeats < FEWEST_REPEATS:
+        return None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, repeats - 1)) * std / repeats**0.5
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
 def _bootstrap(values_RF: Sequence[NDArray[np.float64]]) -> Interval | None:
-    """Percentile interval of the mean of the folds' means over the repeats, the folds resampled with replacement."""
+    """Percentile interval of the mean over folds; the folds' means over the repeats are resampled."""
     if not values_RF:
         return None
     folds_F = np.mean(values_RF, axis=0)
     if len(folds_F) < 2 or not np.isfinite(folds_F).all():
         return None
-    interval = stats.bootstrap(
+    found = stats.bootstrap(
         (folds_F,), np.mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    return float(found.low), float(found.high)
 
 
 def _repeat_means(repeats: Mapping[int, NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -291,11 +187,5 @@ def _repeat_means(repeats: Mapping[int, NDArray[np.float64]]) -> NDArray[np.floa
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
-    """The mean; None of nothing, and where a value could not be computed."""
+    """The mean; None of no values, and if one of them is not finite."""
     return statistics.fmean(values) if len(values) and np.isfinite(values).all() else None
-
-
-def _share(outcome: Outcome, label: int, hits: NDArray[np.bool_]) -> float | None:
-    """The share of `hits` among the images of a class."""
-    among = hits[outcome.labels == label]
-    return float(among.mean()) if len(among) and np.isfinite(outcome.scores).all() else None

@@ -1,4 +1,4 @@
-"""A downstream task: images of two classes, in five folds that are published with them or made once.
+"""A downstream task: its images, labels and five folds, read from disk; the seeds of each training; its pixels.
 
 N images, H x W pixels.
 """
@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from modan_fast.downstream.folds import FOLDS, SPLITS, class_folders, make_folds, read_folds
+from modan_fast.downstream.folds import (
+    FOLDS,
+    SPLITS,
+    ImagesBySplit,
+    Listing,
+    class_folders,
+    make_folds,
+    read_folds,
+)
 from shard_builder.atomic import new_folder
 from shard_builder.settings import InputError, Progress, no_progress
 
@@ -33,34 +38,11 @@ class Fold:
     test: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Task:
-    """A downstream task, as its fold files or class folders define it.
-
-    `images` are the N paths under `folder`, sorted; `labels` (N,) int64 is 1 for the class `positive` and 0 for
-    the other; `sources` names the file and line where each image came up first, `digests` its SHA-256,
-    `patients` whom it shows (empty where nothing says so); `sha256` covers names, labels, folds and the bytes of
-    all images. `made` is whether the folds are new and in no file yet.
-    """
-
-    name: str
-    folder: Path
-    images: tuple[str, ...]
-    labels: NDArray[np.int64]
-    folds: tuple[Fold, ...]
-    sources: tuple[str, ...]
-    digests: tuple[str, ...]
-    patients: tuple[str, ...]
-    positive: str
-    sha256: str
-    made: bool = False
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class FoldRun:
-    """One training of an evaluation's grid: repeat and fold, both counted from 1.
+    """One training of an experiment: its repeat and its fold, both counted from 1.
 
-    Its seeds depend on nothing else, so neither does its result on what was trained before it.
+    All randomness of the training is seeded by these two numbers, so it does not depend on what was trained before.
     """
 
     repeat: int
@@ -76,6 +58,33 @@ class FoldRun:
         return torch.Generator().manual_seed(self.seed(seed, purpose))
 
 
+@dataclass(frozen=True)
+class Task:
+    """The content of a task's fold files or class folders.
+
+    `images` are the N paths under `folder`, sorted. `labels` (N,) int64 is 1 for the class `positive` and 0 for the
+    other. For each image, `sources` has the file and line that list it first, `digests` its SHA-256, `patients` its
+    patient; `patients` is empty if they are unknown. `sha256` covers names, labels, folds and the bytes of all images.
+    `new_folds` is true if the folds were made just now and are in no file yet.
+    """
+
+    name: str
+    folder: Path
+    images: tuple[str, ...]
+    labels: NDArray[np.int64]
+    folds: tuple[Fold, ...]
+    sources: tuple[str, ...]
+    digests: tuple[str, ...]
+    patients: tuple[str, ...]
+    positive: str
+    sha256: str
+    new_folds: bool = False
+
+    def fold_of(self, fold_run: FoldRun) -> Fold:
+        """The fold that a fold run trains and is tested on."""
+        return self.folds[fold_run.fold - 1]
+
+
 def read_task(
     folder: Path,
     *,
@@ -84,42 +93,47 @@ def read_task(
     group: str | None = None,
     positive: str | None = None,
 ) -> Task:
-    """Read a task with published folds, or one of two class folders.
+    """Read a task with published folds, or one of class folders.
 
     Published folds are `{folder}/dataframe/{prefix}{train,val,test}_fold{1..5}.csv`, as RadImageNet has them. The
     prefix may be anything, the image column is `filename` or `img_dir`, the label column `label` or `acl_label`.
-    Without them, `folder` has a folder for each of two classes, of which `positive` names the positive one; the
-    folds are those in `folds` or, where that does not exist, made from `seed`. `group` is a column of the fold
-    files or a regular expression whose first group, or whole match, in an image's path names the patient.
-    Raises `InputError`, naming the file and line, for whatever does not fit.
+    Without them, `folder` has a folder for each class; `positive` names the positive one. Its folds are those in
+    `folds` or, if that does not exist, made from `seed`. `group` is a column of the fold files, or a regular
+    expression whose first group, or whole match, in an image's path names the patient. Raises `InputError` that names
+    the file and line.
     """
-    made = False
     if (folder / "dataframe").is_dir():
         if positive is not None:
             raise InputError(f"`positive` is for class folders: the fold files of {folder} say which is positive")
-        listing, named = read_folds(folder, folder / "dataframe", group)
-    else:
-        listing = class_folders(folder, group, positive)
-        if made := folds is None or not folds.is_dir():
-            named = make_folds(folder, listing, seed)
-        else:
-            assert folds is not None
-            listed, named = read_folds(folder, folds, None)
-            if listed.labels != listing.labels:
-                odd = sorted(listed.labels.items() ^ listing.labels.items())[0][0]
-                raise InputError(
-                    f"{folds} has the folds of other images or classes than {folder} ({odd} is one): "
-                    "choose another results folder with `out`"
-                )
+        listing, images_by_split = read_folds(folder, folder / "dataframe", group)
+        return _task(folder, listing, images_by_split)
+    listing = class_folders(folder, group, positive)
+    if folds is not None and folds.is_dir():
+        return _task(folder, listing, _kept_folds(folder, folds, listing))
+    return _task(folder, listing, make_folds(folder, listing, seed), new_folds=True)
 
+
+def _kept_folds(folder: Path, folds: Path, listing: Listing) -> ImagesBySplit:
+    """The folds that an earlier evaluation made for class folders. Raises `InputError` if the images have changed."""
+    listed, images_by_split = read_folds(folder, folds, None)
+    if listed.labels != listing.labels:
+        odd = sorted(listed.labels.items() ^ listing.labels.items())[0][0]
+        raise InputError(
+            f"{folds} has the folds of other images or classes than {folder} ({odd} is one): "
+            "choose another results folder with `out`"
+        )
+    return images_by_split
+
+
+def _task(folder: Path, listing: Listing, images_by_split: ImagesBySplit, *, new_folds: bool = False) -> Task:
     images = sorted(listing.labels)
     row = {image: index for index, image in enumerate(images)}
-    divided = tuple(
-        Fold(*(np.array([row[image] for image in named[split, fold]], np.int64) for split in SPLITS))
+    folds = tuple(
+        Fold(*(np.array([row[image] for image in images_by_split[split, fold]], np.int64) for split in SPLITS))
         for fold in range(1, FOLDS + 1)
     )
     digest = hashlib.sha256(repr([(image, listing.labels[image]) for image in images]).encode())
-    for fold in divided:
+    for fold in folds:
         digest.update(repr([getattr(fold, split).tolist() for split in SPLITS]).encode())
     digests = [hashlib.sha256((folder / image).read_bytes()) for image in images]
     for each in digests:
@@ -129,68 +143,29 @@ def read_task(
         folder=folder,
         images=tuple(images),
         labels=np.array([listing.labels[image] for image in images], np.int64),
-        folds=divided,
+        folds=folds,
         sources=tuple(listing.sources[image] for image in images),
         digests=tuple(each.hexdigest() for each in digests),
         patients=tuple(listing.patients[image] for image in images) if listing.patients else (),
         positive=" or ".join(sorted(listing.words[1])),
         sha256=digest.hexdigest(),
-        made=made,
+        new_folds=new_folds,
     )
 
 
 def write_folds(task: Task, folder: Path) -> None:
     """Write the folds of a task as fold files into the new folder `folder`."""
-    with new_folder(folder) as beside:
+    with new_folder(folder) as unfinished:
         for number, fold in enumerate(task.folds, start=1):
             for split in SPLITS:
-                with (beside / f"{split}_fold{number}.csv").open("w", encoding="utf-8", newline="") as file:
+                with (unfinished / f"{split}_fold{number}.csv").open("w", encoding="utf-8", newline="") as file:
                     writer = csv.writer(file, lineterminator="\n")
                     writer.writerow(["filename", "label"])
                     writer.writerows((task.images[row], task.labels[row]) for row in getattr(fold, split))
 
 
-class Leak(NamedTuple):
-    """A test image that shares identical `bytes` or a `patient` with an image that its fold trains on."""
-
-    fold: int
-    shared: str
-    test_image: str
-    train_image: str
-
-
-def leaks(task: Task) -> list[Leak]:
-    """The leaks of a task's folds; where several train images share with a test image, the first of them."""
-    found = []
-    for number, fold in enumerate(task.folds, start=1):
-        for shared, marks in (("bytes", task.digests), ("patient", task.patients)):
-            if not marks:
-                continue
-            trained = {marks[row]: row for row in fold.train[::-1]}
-            found += [
-                Leak(number, shared, task.images[row], task.images[trained[marks[row]]])
-                for row in fold.test
-                if marks[row] in trained
-            ]
-    return found
-
-
-def read_leaks(path: Path) -> list[Leak]:
-    """The leaks in a file that an evaluation has listed them in."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None)]
-
-
-def leak_counts(found: Iterable[Leak]) -> str:
-    """How many images have leaks, by what is shared; kinds without leaks are left out."""
-    images: dict[str, set[str]] = {}
-    for leak in found:
-        images.setdefault(leak.shared, set()).add(leak.test_image)
-    return ", ".join(f"{len(tested)} by the same {shared}" for shared, tested in images.items())
-
-
 def decode(task: Task, image_size: int, progress: Progress = no_progress) -> NDArray[np.uint8]:
-    """The task's images as grey pixels (N, 1, image_size, image_size), stretched as shards are.
+    """The task's images as grey pixels (N, 1, image_size, image_size), stretched as the images of a shard set are.
 
     The resampling is bilinear and antialiased. Raises `InputError` for an image that does not decode.
     """

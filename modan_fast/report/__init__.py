@@ -1,1 +1,1 @@
-"""The page of a results folder, with Tables 4 and 5 beside the paper's, and its figures."""
+"""The report: Tables 4 and 5 beside the paper's numbers, figures, and one HTML page, from a results folder."""

@@ -1,4 +1,4 @@
-"""Figures of images, views, embeddings and curves, as PNG and SVG files.
+"""Plotting with matplotlib: contact sheets, UMAP panels, ROC curves and curves over epochs, into PNG and SVG files.
 
 N images, F features.
 """
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
 
-# Okabe and Ito's palette without black and yellow, then more from Tol's; neighbours differ also for colour-blind eyes.
+# Okabe and Ito's palette without black and yellow, then Tol's: adjacent colours also differ for colour-blind readers.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 COLOURS += ["#332288", "#882255", "#999933", "#44AA99", "#661100", "#777777"]
 DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1.2))]
@@ -34,7 +34,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#555555",
-    "svg.hashsalt": "modan-fast",  # ids in the file, alike each time
+    "svg.hashsalt": "modan-fast",  # the same ids in the file each time
     "svg.fonttype": "path",
 }
 
@@ -42,7 +42,7 @@ STYLE: Any = {
 def contact_sheet(
     path: Path, rows: Sequence[tuple[str, Sequence[NDArray[np.uint8]]]], headings: Sequence[str]
 ) -> None:
-    """Write a sheet of images: a row is its name and its images, each (H, W) uint8; `headings` name the columns."""
+    """Write a sheet of images. A row is its name and its images, each (H, W) uint8; `headings` name the columns."""
     figure, axes = plt.subplots(
         len(rows),
         len(headings),
@@ -63,9 +63,9 @@ def contact_sheet(
 
 
 def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], labels: Sequence[str]) -> None:
-    """Write UMAP panels of features, each a title and (N, F) float32, marked by `labels` (N), alike in all.
+    """Write UMAP panels, each a title and features (N, F) float32 of the same N images.
 
-    A label is words such as `CT lung`: the first word chooses the marker, all of them the colour.
+    `labels` (N) are words such as `CT lung`: the first word chooses the marker, the whole label the colour.
     """
     from umap import UMAP
 
@@ -79,17 +79,16 @@ def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], lab
             rows, columns, figsize=(4 * columns, 4 * rows + legend), squeeze=False, layout="constrained"
         )
         for axis, (title, features) in zip(axes.flat, panels, strict=False):
-            # One job, because with a seed UMAP uses no more, and would warn.
-            places = UMAP(n_neighbors=min(15, len(features) - 1), random_state=0, n_jobs=1).fit_transform(
-                features
-            )
+            # With a seed UMAP runs one job anyway, and warns if it was asked for more.
+            umap = UMAP(n_neighbors=min(15, len(features) - 1), random_state=0, n_jobs=1)
+            points = umap.fit_transform(features)
             for index, name in enumerate(names):
                 mine = np.array([label == name for label in labels])
                 look = {
                     "color": COLOURS[index % len(COLOURS)],
                     "marker": MARKERS[kinds.index(name.split(" ")[0]) % len(MARKERS)],
                 }
-                axis.scatter(*places[mine].T, s=9, alpha=0.75, linewidths=0, label=name, **look)
+                axis.scatter(*points[mine].T, s=9, alpha=0.75, linewidths=0, label=name, **look)
             axis.set(title=title, xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
             axis.spines[:].set_color("#bbbbbb")
@@ -105,8 +104,9 @@ def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], lab
 
 
 def roc(path: Path, panels: Sequence[Sequence[tuple[str, Sequence[Curve]]]], shown: int) -> None:
-    """Write a grid of ROC panels, each a title and its folds' curves; the first `shown` are thin lines, and the mean
-    of all, taken at equal false-positive rates, thick.
+    """Write a grid of ROC panels, each a title and its folds' curves.
+
+    The first `shown` curves are thin lines; the mean of all, at equal false-positive rates, is a thick one.
     """
     columns = max(map(len, panels))
     grid = np.linspace(0, 1, 201)
@@ -125,7 +125,7 @@ def roc(path: Path, panels: Sequence[Sequence[tuple[str, Sequence[Curve]]]], sho
                 axis.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8, linestyle=(0, (4, 3)))
                 for false, true in curves[:shown]:
                     axis.plot(false, true, color=COLOURS[0], alpha=0.45, linewidth=0.7)
-                # A curve goes straight up at 0; what it reaches there counts.
+                # At 0 np.interp takes the last point, that is the top of the curve's vertical start.
                 mean = np.mean([np.interp(grid, false, true) for false, true in curves], axis=0)
                 axis.plot(np.r_[0, grid], np.r_[0, mean], color="#111111", linewidth=1.7)
                 axis.set(
@@ -142,8 +142,10 @@ def roc(path: Path, panels: Sequence[Sequence[tuple[str, Sequence[Curve]]]], sho
 def curves(
     path: Path, panels: Sequence[tuple[str, Mapping[str, NDArray[np.float64]]]], labels: tuple[str, str]
 ) -> None:
-    """Write panels of curves over epochs, each a title and an array (runs, epochs) by name: the median as a line, the
-    middle half of the runs as a band. `labels` name the axes; names have the same colour in all panels.
+    """Write panels of curves over epochs, each a title and arrays (runs, epochs) by name.
+
+    A line is the median of the runs, a band their interquartile range. `labels` name the axes; a name has the same
+    colour in all panels.
     """
     names = list(dict.fromkeys(name for _, lines in panels for name in lines))
     columns, rows = _layout(len(panels))
@@ -169,27 +171,19 @@ def curves(
         for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         if len(names) > 1:
-            handles = [
-                Line2D(
-                    [],
-                    [],
-                    color=COLOURS[index % len(COLOURS)],
-                    linestyle=DASHES[index % len(DASHES)],
-                    linewidth=1.6,
-                )
-                for index in range(len(names))
-            ]
+            looks = [(COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]) for index in range(len(names))]
+            handles = [Line2D([], [], color=colour, linestyle=dash, linewidth=1.6) for colour, dash in looks]
             figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
         _save(figure, path)
 
 
 def _layout(panels: int) -> tuple[int, int]:
-    """Columns and rows: at most three columns, and as few as fill the rows."""
+    """Columns and rows of a grid of panels: at most three columns, and no more than its rows need."""
     rows = -(-panels // 3)
     return -(-panels // rows), rows
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a figure without the date, so that the same content gives the same bytes, and close it."""
+    """Write and close a figure; without the date, so that the same content gives the same bytes."""
     figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)

@@ -1,9 +1,10 @@
-"""A table as Markdown, CSV, LaTeX and HTML."""
+"""How a table is written: as Markdown, CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,7 +13,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. `groups` are headings above those of the columns, each with how many columns it spans."""
+    """A table of texts. `groups` are headings above those of the columns, each with the number of columns it spans."""
 
     name: str
     title: str
@@ -23,7 +24,7 @@ class Table:
 
 
 def _flat_head(table: Table) -> list[str]:
-    """The headings with their groups, in one line."""
+    """The headings in one line, each after that of its group."""
     groups = [name for name, columns in table.groups for _ in range(columns)] or [""] * len(table.head)
     return [f"{group} {head}".strip() for group, head in zip(groups, table.head, strict=True)]
 
@@ -40,7 +41,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """The cells alone."""
+    """The headings and rows, without title and note."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([_flat_head(table), *table.rows])
     return text.getvalue()
@@ -54,7 +55,7 @@ LATEX = {
 
 
 def to_latex(table: Table) -> str:
-    """A table float; needs the package booktabs, and with many columns resizebox from graphicx."""
+    """A table float; needs the packages booktabs and graphicx."""
 
     def tex(text: str) -> str:
         return "".join(LATEX.get(character, character) for character in text)
@@ -72,12 +73,12 @@ def to_latex(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A figure that holds the table, to be scrolled where it is wider than the screen."""
+    """An HTML figure with the table, which scrolls sideways if it is wider than the screen."""
 
     def cell(kind: str, text: str, attributes: str = "") -> str:
         return f"<{kind}{attributes}>{escape(text)}</{kind}>"
 
-    # Columns that open a group get a rule, and the paper's own a tint.
+    # The first column of a group gets a rule, the paper's own columns a tint.
     opening = set(accumulate((columns for _, columns in table.groups), initial=0))
     classes = [
         " ".join(["opens"] * (index in opening and index > 0) + ["theirs"] * text.startswith("paper "))
@@ -99,10 +100,12 @@ def to_html(table: Table) -> str:
     )
 
 
-def write(table: Table) -> dict[str, str]:
-    """The table's files by name."""
-    return {
-        f"{table.name}.md": to_markdown(table),
-        f"{table.name}.csv": to_csv(table),
-        f"{table.name}.tex": to_latex(table),
-    }
+def to_files(table: Table) -> dict[str, str]:
+    """The contents of the table's files, by name."""
+    forms = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
+    return {file_name(f"{table.name}.{ending}"): form(table) for ending, form in forms.items()}
+
+
+def file_name(text: str) -> str:
+    """`text` as the name of a file in a folder: a task or recipe in someone's results may hold a path."""
+    return re.sub(r"[^\w.+-]", "_", text)

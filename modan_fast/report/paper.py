@@ -1,4 +1,4 @@
-"""The paper's own results: Tables 4 and 5 and the times that it states."""
+"""The paper's printed numbers: AUCs and p-values of Tables 4 and 5, and times per epoch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from importlib.resources import files
 from typing import NamedTuple
 
 TABLES = {"finetune": "Table 4", "probe": "Table 5"}
-SECONDS = {"pretraining": 600.0, "finetune": 0.7, "probe": 0.1}  # an epoch, on a Quadro RTX 8000 at 224 px
+SECONDS = {"pretraining": 600.0, "finetune": 0.7, "probe": 0.1}  # per epoch, on a Quadro RTX 8000 at 224 px
 METHODS = {
     "mulsupcon": "ModAn-MulSupCon",
     "simclr": "miniRINSimCLR",
     "supervised": "miniRIN165",
     "imagenet": "ImageNet",
     "scratch": "Scratch",
-}  # by pretraining method, or by init where there is none
+}  # by pretraining method, or by init for inits without one
 
 
 class Printed(NamedTuple):
@@ -26,7 +26,7 @@ class Printed(NamedTuple):
 
 
 def published() -> dict[tuple[str, str, str], Printed]:
-    """What the paper prints, by (protocol, task, method), with its own names of tasks and methods."""
+    """The printed numbers by (protocol, task, method), with the paper's names of tasks and methods."""
     text = files("modan_fast.report").joinpath("paper_tables.csv").read_text(encoding="utf-8")
     return {
         (row["protocol"], row["task"], row["method"]): Printed(row["auc"], row["p_value"])
@@ -35,6 +35,6 @@ def published() -> dict[tuple[str, str, str], Printed]:
 
 
 def task_of(name: str) -> str | None:
-    """The paper's task that a task folder's name has as one of its words, such as `acl` in `mrnet-acl`."""
+    """The paper's task that is a word of a task folder's name, such as `acl` in `mrnet-acl`; None if there is none."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     return next((task for task in ("acl", "breast", "thyroid") if task in words), None)

@@ -21,7 +21,7 @@ from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.results import Experiment
 from modan_fast.downstream.statistics import auc_table
 from modan_fast.downstream.tasks import FoldRun, read_task
-from modan_fast.recipes import EVALUATE, evaluate_config
+from modan_fast.recipes import evaluate_config
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -134,7 +134,7 @@ def test_a_command_killed_halfway_and_run_again_gives_the_same_bytes_and_table(m
             time.sleep(0.01)
         running.kill()
     assert len(content(killed)) < len(content(config)), "it must be killed before it has finished"
-    # Half a line more stands for a fold_run that was being written.
+    # Half a line stands for a fold run that was being written.
     with (killed.out / "predictions.csv").open("ab") as file:
         file.write(b"nodule,scratch,paper,finetune,1,5,images/008.png,0,0.5\nnodule,scratch,paper,fine")
     again = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -144,19 +144,19 @@ def test_a_command_killed_halfway_and_run_again_gives_the_same_bytes_and_table(m
     assert f"{row.mean:.3f}" in again.stdout
 
 
-def test_a_second_evaluation_in_a_folder_is_refused_while_the_first_is_at_work(made: EvaluateConfig) -> None:
+def test_a_second_evaluation_in_a_folder_is_refused_while_the_first_is_at_work(begun: EvaluateConfig) -> None:
     def meanwhile(stage: str, done: int, total: int, note: str) -> None:
         if done == 1:
             with pytest.raises(InputError, match="another evaluation is writing to .*: wait for it"):
-                evaluate(made)
+                evaluate(begun)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(made, meanwhile)
-    assert evaluate(made), "an interrupted evaluation leaves no lock behind"
+        evaluate(begun, meanwhile)
+    assert evaluate(begun), "an interrupted evaluation leaves no lock behind"
 
 
-def test_every_cell_leaves_the_validation_loss_of_each_epoch(make_task: MakeTask) -> None:
+def test_every_fold_run_records_the_validation_loss_of_each_epoch(make_task: MakeTask) -> None:
     config = settings(make_task(count=23), epochs=2)
     evaluate(config)
     with (config.out / "curves.csv").open() as file:
@@ -182,8 +182,9 @@ def test_released_code_fine_tunes_a_simclr_encoder_with_a_two_way_head(
     monkeypatch.setattr(finetune, "task_network", spy)
     simclr, other = make_run("a"), make_run("b", seed=2)
     (simclr / "config.json").write_text(json.dumps({"settings": {"method": "simclr"}}))
-    config = settings(make_task(count=23), init=(str(simclr), str(other)), recipe="released-code")
-    evaluate(replace(config, protocol=("finetune",), **EVALUATE["released-code"]))
+    inits = (str(simclr), str(other))
+    config = settings(make_task(count=23), init=inits, recipe="released-code", protocol=("finetune",))
+    evaluate(config)
     assert isinstance(built[False], torch.nn.Linear)
     assert built[False].out_features == 2
     assert isinstance(built[True], torch.nn.Identity)
@@ -203,16 +204,16 @@ def test_the_times_of_an_evaluation_name_their_device(make_task: MakeTask) -> No
 
 
 def make_class_folders(task: Path) -> Path:
-    """The images of a made task in folders of their classes, named for 8 patients."""
+    """The images of a task in two class folders, named for 8 patients."""
     folder = task.with_name("classes")
     for index, image in enumerate(sorted((task / "images").iterdir())):
-        place = folder / ("healthy" if index % 2 == 0 else "ill") / f"p{index % 16:02}-{index:03}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(image, place)
+        copy = folder / ("healthy" if index % 2 == 0 else "ill") / f"p{index % 16:02}-{index:03}.png"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, copy)
     return folder
 
 
-def test_class_folders_get_folds_once_that_every_method_sees(make_task: MakeTask) -> None:
+def test_class_folders_get_folds_once_for_all_methods(make_task: MakeTask) -> None:
     config = settings(make_class_folders(make_task()), protocol=("probe",), group=r"p(\d+)-")
     evaluate(config)
     folds = {path.name: path.read_bytes() for path in (config.out / "folds" / "classes").iterdir()}
@@ -227,11 +228,9 @@ def test_class_folders_get_folds_once_that_every_method_sees(make_task: MakeTask
         evaluate(config)
 
 
-def test_images_that_train_and_test_share_are_told_and_listed(
-    make_task: MakeTask, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_leaks_are_logged_and_listed(make_task: MakeTask, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_task()
-    # Image 0 is tested in fold 1, which trains on image 6; of ten images only 40 and 41 have none of theirs in train.
+    # Fold 1 tests image 0 and trains on image 6. Only images 40 and 41 share no patient with a training image.
     shutil.copy(folder / "images" / "000.png", folder / "images" / "006.png")
     config = settings(folder, protocol=("probe",), group=r"(\d\d)\d\.png")
     evaluate(config)
@@ -242,7 +241,7 @@ def test_images_that_train_and_test_share_are_told_and_listed(
     assert {row["shared"] for row in rows} == {"bytes", "patient"}
     assert "2 by the same bytes, 41 by the same patient" in caplog.text
     assert "nodule-leakage.csv" in caplog.text
-    # A later call that names no patients forgets none, and a finished one tells as well.
+    # A later call without patients keeps the leaks by patient, and a finished evaluation lists leaks, too.
     evaluate(replace(config, repeats=2, group=None))
     with (config.out / "nodule-leakage.csv").open() as file:
         assert list(csv.DictReader(file)) == rows
@@ -270,18 +269,32 @@ def test_a_file_cut_anywhere_is_repaired_to_the_same_bytes(make_task: MakeTask) 
         ({"seed": 1}, "`seed=0`, not 1"),
         ({"stem": "3x3"}, "`stem=7x7`, not 3x3"),
         ({"precision": "bf16"}, "`precision=float32`, not bf16"),
+        ({"model_selection": "last-epoch"}, "`model_selection=lowest-val-loss`, not last-epoch"),
     ],
 )
-def test_other_settings_are_refused(made: EvaluateConfig, changed: dict[str, object], message: str) -> None:
-    before = content(made)
+def test_other_settings_are_refused(begun: EvaluateConfig, changed: dict[str, object], message: str) -> None:
+    before = content(begun)
     with pytest.raises(InputError, match=message):
-        evaluate(replace(made, **changed))  # type: ignore[arg-type]
-    assert content(made) == before
+        evaluate(replace(begun, **changed))  # type: ignore[arg-type]
+    assert content(begun) == before
+
+
+def test_settings_that_an_older_folder_lacks_have_the_recipes_values(begun: EvaluateConfig) -> None:
+    path = begun.out / "runs.json"
+    whole = json.loads(path.read_text())
+    older = json.loads(path.read_text())
+    for name in ("probe_batch_norm", "finetune_head", "model_selection", "sum_filters"):
+        del older["settings"]["paper"][name]
+    path.write_text(json.dumps(older))
+    with pytest.raises(InputError, match="made with `probe_batch_norm=frozen`, not training"):
+        evaluate(replace(begun, probe_batch_norm="training"))
+    assert len(evaluate(begun)) == 5
+    assert json.loads(path.read_text())["settings"] == whole["settings"]
 
 
 @pytest.fixture
-def made(make_task: MakeTask) -> EvaluateConfig:
-    """A results folder with settings, but without a fold_run."""
+def begun(make_task: MakeTask) -> EvaluateConfig:
+    """A results folder with settings, but without a fold run."""
     config = settings(make_task(), protocol=("probe",))
 
     def stop(stage: str, done: int, total: int, note: str) -> None:
@@ -294,101 +307,101 @@ def made(make_task: MakeTask) -> EvaluateConfig:
     return config
 
 
-def test_another_task_of_the_same_name_is_refused(made: EvaluateConfig) -> None:
-    shutil.copy(made.task / "images" / "001.png", made.task / "images" / "003.png")
+def test_another_task_of_the_same_name_is_refused(begun: EvaluateConfig) -> None:
+    shutil.copy(begun.task / "images" / "001.png", begun.task / "images" / "003.png")
     with pytest.raises(InputError, match="other images or folds of task nodule"):
-        evaluate(made)
+        evaluate(begun)
 
 
-def test_an_init_whose_weights_changed_is_refused(made: EvaluateConfig, make_run: MakeRun) -> None:
-    config = replace(made, init=(str(make_run("mulsupcon")),))
+def test_an_init_whose_weights_changed_is_refused(begun: EvaluateConfig, make_run: MakeRun) -> None:
+    config = replace(begun, init=(str(make_run("mulsupcon")),))
     evaluate(config)
     make_run("mulsupcon", seed=2)
     with pytest.raises(InputError, match=r"the weights of mulsupcon \(.*\) have changed"):
         evaluate(config)
 
 
-def test_two_runs_of_one_name_are_named_as_given(made: EvaluateConfig, make_run: MakeRun) -> None:
+def test_two_runs_of_one_name_are_named_as_given(begun: EvaluateConfig, make_run: MakeRun) -> None:
     first, second = make_run("a/run"), make_run("b/run", seed=2)
-    both = replace(made, init=(str(first), str(second)))
+    both = replace(begun, init=(str(first), str(second)))
     assert {experiment.init for experiment, _ in evaluate(both)} == {str(first), str(second)}
     assert evaluate(both) == []
-    assert evaluate(replace(made, init=(str(first),))) == []  # under the name that it has here
+    assert evaluate(replace(begun, init=(str(first),))) == []  # under the name that it has here
 
 
-def test_a_second_run_of_a_name_leaves_the_first_its_name(made: EvaluateConfig, make_run: MakeRun) -> None:
+def test_a_second_run_of_a_name_leaves_the_first_its_name(begun: EvaluateConfig, make_run: MakeRun) -> None:
     first, second = make_run("a/run"), make_run("b/run", seed=2)
-    assert {experiment.init for experiment, _ in evaluate(replace(made, init=(str(first),)))} == {"run"}
-    both = replace(made, init=(str(first), str(second)))
+    assert {experiment.init for experiment, _ in evaluate(replace(begun, init=(str(first),)))} == {"run"}
+    both = replace(begun, init=(str(first), str(second)))
     assert {experiment.init for experiment, _ in evaluate(both)} == {str(second)}
     assert evaluate(both) == []
 
 
-def test_an_encoder_file_is_named_after_its_run(made: EvaluateConfig, make_run: MakeRun) -> None:
+def test_an_encoder_file_is_named_after_its_run(begun: EvaluateConfig, make_run: MakeRun) -> None:
     run = make_run("mulsupcon")
     (run / "encoder.safetensors").rename(run / "encoder-0200.safetensors")
-    trained = evaluate(replace(made, init=(str(run / "encoder-0200.safetensors"),)))
+    trained = evaluate(replace(begun, init=(str(run / "encoder-0200.safetensors"),)))
     assert {experiment.init for experiment, _ in trained} == {"mulsupcon/encoder-0200"}
 
 
 def test_an_encoder_that_has_diverged_is_named_before_anything_is_trained(
-    made: EvaluateConfig, make_run: MakeRun
+    begun: EvaluateConfig, make_run: MakeRun
 ) -> None:
     good, bad = make_run("good"), make_run("bad")
     tensors = load_file(bad / "encoder.safetensors")
     tensors["layer1.0.conv1.weight"][0, 0] = torch.nan
     save_file(tensors, bad / "encoder.safetensors")
-    before = content(made)
+    before = content(begun)
     with pytest.raises(InputError, match=r"bad/encoder\.safetensors holds weights that are not finite"):
-        evaluate(replace(made, init=(str(good), str(bad))))
-    assert content(made) == before
+        evaluate(replace(begun, init=(str(good), str(bad))))
+    assert content(begun) == before
 
 
-def test_imagenet_is_judged_under_both_recipes_and_lost_filters_are_known(
+def test_imagenet_is_judged_under_both_recipes_and_lost_filters_are_logged(
     make_task: MakeTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
-    one = settings(
-        make_task(), protocol=("probe",), init=("imagenet",), imagenet_weights=tmp_path / "weights.pth"
-    )
+    weights = tmp_path / "weights.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    given = {"protocol": ("probe",), "init": ("imagenet",), "imagenet_weights": weights}
+    one = settings(make_task(), **given)
     evaluate(one)
     assert "does not fit" not in caplog.text
-    evaluate(replace(one, recipe="released-code", **EVALUATE["released-code"]))
+    evaluate(settings(one.task, recipe="released-code", **given))
     assert {row.recipe for row in auc_table(one.out)} == {"paper", "released-code"}
     evaluate(replace(one, stem="3x3", out=tmp_path / "other"))
     assert "its first convolution is 7x7 and does not fit a 3x3 stem, so that one is random" in caplog.text
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
     with pytest.raises(InputError, match="the weights of imagenet .* have changed"):
         evaluate(replace(one, repeats=2))
 
 
-def test_an_encoder_that_does_not_fit_is_refused(made: EvaluateConfig, make_run: MakeRun) -> None:
+def test_an_encoder_that_does_not_fit_is_refused(begun: EvaluateConfig, make_run: MakeRun) -> None:
     with pytest.raises(InputError, match="no encoder at"):
-        evaluate(replace(made, init=("nowhere",)))
+        evaluate(replace(begun, init=("nowhere",)))
 
 
 def test_a_folder_of_other_things_and_a_needless_positive_are_refused(
-    made: EvaluateConfig, tmp_path: Path
+    begun: EvaluateConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match="mine exists and is no results folder"):
-        evaluate(replace(made, out=tmp_path / "mine"))
+        evaluate(replace(begun, out=tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     with pytest.raises(InputError, match="`positive` is for class folders"):
-        evaluate(replace(made, positive="yes"))
+        evaluate(replace(begun, positive="yes"))
 
 
-def test_predictions_without_runs_are_refused(made: EvaluateConfig) -> None:
-    (made.out / "runs.json").unlink()
+def test_predictions_without_runs_are_refused(begun: EvaluateConfig) -> None:
+    (begun.out / "runs.json").unlink()
     with pytest.raises(InputError, match=r"has predictions\.csv but no runs\.json"):
-        evaluate(made)
+        evaluate(begun)
 
 
 def test_both_recipes_share_a_results_folder(make_task: MakeTask) -> None:
     config = settings(make_task(), protocol=("probe",))
     evaluate(config)
-    evaluate(replace(config, recipe="released-code", protocol=("finetune", "probe"), **EVALUATE["released-code"]))
+    evaluate(settings(config.task, recipe="released-code"))
     rows = auc_table(config.out)
     assert [(row.recipe, row.protocol, row.repeats) for row in rows] == [
         ("paper", "probe", 1),

@@ -61,7 +61,7 @@ def test_a_reset_network_trains_as_a_rebuilt_one(task: Task, recipe: str, protoc
 
 
 @pytest.mark.slow
-def test_one_compiled_step_serves_all_cells_and_trains_as_the_plain_one(task: Task) -> None:
+def test_one_compiled_step_serves_all_fold_runs_and_trains_as_the_plain_one(task: Task) -> None:
     # pytest -m slow: compiling takes a minute.
     settings = config()
     compiled, plain = (task_network("7x7", "finetune", CPU, compiled=each) for each in (True, False))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,14 @@ def weak_features(task: Task) -> Tensor:
     return noise + 0.2 * torch.from_numpy(task.labels)[:, None]
 
 
-def train_alone(features: Tensor, task: Task, fold_run: FoldRun) -> tuple[Tensor, list[float]]:
-    """The scores of one head trained as the paper says, by torch's own parts, and its validation losses."""
-    fold, labels, inputs = task.folds[fold_run.fold - 1], torch.from_numpy(task.labels), features.double()
+def train_alone(
+    features: Tensor, task: Task, fold_run: FoldRun, select: bool = True
+) -> tuple[Tensor, list[float]]:
+    """The scores of one head that torch's own classes train, and its validation losses.
+
+    The head is that of the lowest validation loss, or without `select` the last one.
+    """
+    fold, labels, inputs = task.fold_of(fold_run), torch.from_numpy(task.labels), features.double()
     head = nn.Linear(512, 2).double()
     start = initial_head(fold_run, CONFIG.seed, 512)
     head.load_state_dict({"weight": start[:, :512], "bias": start[:, 512]})
@@ -46,7 +52,7 @@ def train_alone(features: Tensor, task: Task, fold_run: FoldRun) -> tuple[Tensor
             optimizer.step()
         schedule.step()
         loss = functional.cross_entropy(head(inputs[fold.val]), labels[fold.val]).item()
-        if loss < min(losses):
+        if loss < min(losses) or not select:
             best = copy.deepcopy(head)
         losses.append(loss)
     return torch.softmax(best(inputs), dim=1)[:, 1].detach(), losses[1:]
@@ -64,6 +70,14 @@ def test_heads_trained_together_equal_heads_trained_one_by_one(task: Task) -> No
     torch.testing.assert_close(losses_together, torch.tensor(losses), atol=1e-6, rtol=0)
 
 
+def test_the_last_epoch_is_judged_where_it_is_asked_for(task: Task) -> None:
+    features, fold_runs = weak_features(task), FOLD_RUNS[:5]
+    last, _ = train_heads(features, task, fold_runs, replace(CONFIG, model_selection="last-epoch"))
+    alone = [train_alone(features, task, fold_run, select=False)[0] for fold_run in fold_runs]
+    torch.testing.assert_close(last.double(), torch.stack(alone), atol=1e-6, rtol=0)
+    assert not torch.equal(last, train_heads(features, task, fold_runs, CONFIG)[0])
+
+
 def test_a_heads_scores_do_not_depend_on_the_heads_beside_it(task: Task) -> None:
     features = weak_features(task)
     together, _ = train_heads(features, task, FOLD_RUNS, CONFIG)
@@ -72,6 +86,6 @@ def test_a_heads_scores_do_not_depend_on_the_heads_beside_it(task: Task) -> None
     assert torch.equal(train_heads(features, task, FOLD_RUNS[7:2:-1], CONFIG)[0], together[3:8].flip(0))
 
 
-def test_cells_differ_in_their_start_and_order(task: Task) -> None:
+def test_fold_runs_differ_in_their_start_and_order(task: Task) -> None:
     scores, _ = train_heads(weak_features(task), task, FOLD_RUNS, CONFIG)
     assert len({tuple(row.tolist()) for row in scores}) == len(FOLD_RUNS)

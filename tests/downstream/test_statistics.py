@@ -7,21 +7,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modan_fast.downstream.statistics import (
-    Comparison,
-    Experiment,
-    FoldRun,
+from modan_fast.downstream.metrics import auc
+from modan_fast.downstream.predictions import (
     Outcome,
     Predictions,
-    auc_table,
     by_fold,
-    comparisons,
-    fold_auc,
-    holm,
     read_finished,
     read_predictions,
-    summaries,
 )
+from modan_fast.downstream.results import Experiment
+from modan_fast.downstream.statistics import Comparison, auc_table, comparisons, holm, summaries
+from modan_fast.downstream.tasks import FoldRun
 from shard_builder.settings import InputError
 
 HEADER = "task,init,recipe,protocol,repeat,fold,image,label,score\n"
@@ -51,19 +47,32 @@ FULL = (
 
 def test_the_table_equals_values_worked_out_by_hand(tmp_path: Path) -> None:
     path = write(tmp_path, *FULL)
-    [folds] = by_fold(read_predictions(path), fold_auc).values()
+    [folds] = by_fold(read_predictions(path), auc).values()
     assert {repeat: aucs.tolist() for repeat, aucs in folds.items()} == {1: [0.75, 0.5], 2: [1.0, 0.75]}
     [row] = auc_table(path.parent)
     assert (row.task, row.recipe, row.protocol, row.init) == ("nodule", "paper", "probe", "scratch")
     # Repeats 0.625 and 0.875; each is 0.125 from their mean, so the sample deviation is sqrt(2 * 0.125**2).
     assert (row.repeats, row.mean, row.std) == (2, 0.75, pytest.approx(0.1767766952966369))
-    # The mean's standard error is 0.125; Student's t with one degree of freedom has its 97.5 % point at 12.7062.
-    assert row.interval == pytest.approx((0.75 - 12.7062047 * 0.125, 0.75 + 12.7062047 * 0.125))
     # The folds' means are 0.875 and 0.625: a quarter of all resamples has twice the lower, a quarter the higher.
     assert row.fold_interval == (0.625, 0.875)
     # Positives from 0.5 on: 1/2, 1/1, 0/2, 2/2. Negatives below: 2/2, 0/1, 2/2, 0/1.
     assert row.sensitivity == pytest.approx(((0.5 + 1) / 2 + (0 + 1) / 2) / 2)
     assert row.specificity == pytest.approx(((1 + 0) / 2 + (1 + 0) / 2) / 2)
+
+
+def test_the_interval_is_students_t_clipped_to_what_an_auc_can_be() -> None:
+    # Student's t with two degrees of freedom has its 97.5 % point at 4.3026527.
+    [row] = summaries(predictions_of({"ours": [0.7, 0.75, 0.8]}))
+    assert row.interval == pytest.approx((0.75 - 4.3026527 * 0.05 / 3**0.5, 0.75 + 4.3026527 * 0.05 / 3**0.5))
+    [row] = summaries(predictions_of({"ours": [0.5, 0.95, 0.95]}))
+    assert row.interval == (pytest.approx(0.8 - 4.3026527 * 0.15), 1)  # the deviation is 0.15 * sqrt(3)
+    [row] = summaries(predictions_of({"ours": [0.0, 0.5, 1.0]}))
+    assert row.interval == (0, 1)
+
+
+def test_two_repeats_have_a_deviation_but_no_interval(tmp_path: Path) -> None:
+    [row] = auc_table(write(tmp_path, *FULL).parent)
+    assert (row.repeats, row.std, row.interval) == (2, pytest.approx(0.1767766952966369), None)
 
 
 def test_one_repeat_has_no_deviation(tmp_path: Path) -> None:
@@ -94,10 +103,9 @@ def test_repeats_that_an_evaluation_has_not_finished_are_left_out(tmp_path: Path
     runs = {"format": 1, "settings": {}, "tasks": {"nodule": task}, "inits": {}, "times": []}
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     finished, left_out = read_finished(tmp_path)
-    assert {
-        experiment.init: sorted(fold_runs, key=lambda fold_run: (fold_run.repeat, fold_run.fold))
-        for experiment, fold_runs in finished.items()
-    } == {"scratch": [FoldRun(1, 1), FoldRun(1, 2), FoldRun(2, 1), FoldRun(2, 2)]}
+    assert {experiment.init: sorted(fold_runs) for experiment, fold_runs in finished.items()} == {
+        "scratch": [FoldRun(1, 1), FoldRun(1, 2), FoldRun(2, 1), FoldRun(2, 2)]
+    }
     assert left_out == 1
     task["test_images"] = [4, 2, 3]  # a third fold is still to come
     (tmp_path / "runs.json").write_text(json.dumps(runs))

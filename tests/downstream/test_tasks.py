@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modan_fast.downstream.tasks import FoldRun, Leak, decode, leak_counts, leaks, read_task, write_folds
+from modan_fast.downstream.leaks import leaks
+from modan_fast.downstream.tasks import FoldRun, decode, read_task, write_folds
 from shard_builder.settings import InputError
 
 MakeTask = Callable[..., Path]
@@ -126,7 +127,7 @@ def test_folds_of_class_folders_are_stratified_and_keep_patients_together(
 ) -> None:
     folder = write_classes(tmp_path / "task", ("benign", "malignant"))
     task = read_task(folder, group=group)
-    assert task.made
+    assert task.new_folds
     assert sorted(np.concatenate([fold.test for fold in task.folds])) == list(range(60))
     for number, fold in enumerate(task.folds):
         assert fold.val.tolist() == task.folds[(number + 1) % 5].test.tolist()
@@ -150,7 +151,7 @@ def test_folds_written_once_are_read_back_as_they_are(tmp_path: Path) -> None:
     write_folds(task, tmp_path / "folds")
     again = read_task(folder, folds=tmp_path / "folds", seed=9)
     assert again.sha256 == task.sha256
-    assert (task.made, again.made) == (True, False)
+    assert (task.new_folds, again.new_folds) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -209,29 +210,6 @@ def test_class_folders_that_cannot_be_divided_are_named(tmp_path: Path) -> None:
         read_task(tmp_path / "nowhere")
 
 
-def test_leaks_are_found_by_bytes_and_by_a_patient_column(make_task: MakeTask) -> None:
-    folder = make_task()
-    assert leaks(read_task(folder)) == []
-    for path in (folder / "dataframe").iterdir():
-        head, *rows = path.read_text().splitlines()
-        # Images 0 and 6 are of one patient, the others of one each.
-        patients = [row[7:10].replace("006", "000") for row in rows]
-        path.write_text(
-            "\n".join([f"{head},patient", *(f"{row},{who}" for row, who in zip(rows, patients, strict=True))])
-            + "\n"
-        )
-    # Image 0 is in the test part of fold 1 and trained on in fold 4, which tests image 6.
-    assert leaks(read_task(folder, group="patient")) == [
-        Leak(1, "patient", "images/000.png", "images/006.png"),
-        Leak(4, "patient", "images/006.png", "images/000.png"),
-    ]
-    (folder / "images" / "006.png").write_bytes((folder / "images" / "000.png").read_bytes())
-    replace_line(folder / "dataframe" / "nodule_test_fold1.csv", 2, "images/000.png,benign,other")
-    found = leaks(read_task(folder))
-    assert {leak.shared for leak in found} == {"bytes"}
-    assert leak_counts(found) == "2 by the same bytes", "of patients nothing is known here"
-
-
 def test_the_digest_changes_with_an_image_a_label_or_a_fold(make_task: MakeTask) -> None:
     digests = [
         read_task(make_task("a")).sha256,
@@ -245,7 +223,7 @@ def test_the_digest_changes_with_an_image_a_label_or_a_fold(make_task: MakeTask)
     assert read_task(make_task("e")).sha256 == digests[0]
 
 
-def test_a_cells_seeds_differ_by_seed_repeat_fold_and_purpose() -> None:
+def test_a_fold_runs_seeds_differ_by_seed_repeat_fold_and_purpose() -> None:
     seeds = {
         FoldRun(repeat, fold).seed(seed, purpose)
         for repeat in range(1, 11)

@@ -62,6 +62,19 @@ def test_the_umap_shows_the_pretraining_images_of_each_init_that_is_left(
         write_report(results, ReportConfig(shards=tmp_path / "nowhere"))
 
 
+def test_a_recorded_url_of_a_shard_set_is_not_opened(results: Path, tmp_path: Path) -> None:
+    run, opened = tmp_path / "run", tmp_path / "opened"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"settings": {"shards": f"pipe:touch {opened} {{}}"}}))
+    runs = json.loads((results / "runs.json").read_text())
+    runs["inits"]["mulsupcon"] |= {"path": str(run / "encoder.safetensors"), "shards": {"fingerprint": "0" * 64}}
+    (results / "runs.json").write_text(json.dumps(runs))
+    text = write_report(results, ReportConfig(samples=20, device="cpu")).read_text()
+    assert "No UMAP" in text
+    assert "name the shard set with `shards`" in text
+    assert not opened.exists()
+
+
 def test_names_cannot_break_the_page(results: Path) -> None:
     evil = "<script>alert(1)</script>"
     for name in ("predictions.csv", "runs.json", "curves.csv"):
@@ -89,7 +102,7 @@ def test_predictions_alone_make_tables_and_roc_curves(results: Path, shards: Pat
     assert [path.name for path in (results / "figures").iterdir()] == ["roc-breast-paper.svg"]
 
 
-def test_an_unfinished_evaluation_is_told_and_its_last_repeat_left_out(results: Path) -> None:
+def test_the_page_states_that_unfinished_repeats_are_left_out(results: Path) -> None:
     runs = json.loads((results / "runs.json").read_text())
     runs["tasks"]["breast"]["test_images"] = [12] * 5
     (results / "runs.json").write_text(json.dumps(runs))
@@ -100,7 +113,7 @@ def test_an_unfinished_evaluation_is_told_and_its_last_repeat_left_out(results: 
     assert "not finished: 5 trainings of unfinished repeats are left out" in text
 
 
-def test_a_page_of_another_making_is_not_replaced_and_few_images_make_no_umap(
+def test_a_page_of_another_program_is_not_replaced_and_few_images_make_no_umap(
     results: Path, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "site").mkdir()
@@ -114,7 +127,7 @@ def test_a_page_of_another_making_is_not_replaced_and_few_images_make_no_umap(
     assert "No UMAP: 3 images are too few" in text
 
 
-def test_leaks_that_the_evaluation_found_are_known(results: Path) -> None:
+def test_the_page_states_the_leaks_that_the_evaluation_listed(results: Path) -> None:
     (results / "breast-leakage.csv").write_text(
         "fold,shared,test_image,train_image\n1,bytes,a.png,b.png\n2,bytes,a.png,c.png\n1,patient,a.png,d.png\n"
     )

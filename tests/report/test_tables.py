@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from modan_fast.downstream.statistics import comparisons, read_predictions, summaries
+from modan_fast.downstream.predictions import read_predictions
+from modan_fast.downstream.statistics import comparisons, summaries
 from modan_fast.report import paper
-from modan_fast.report.formats import Table, to_csv, to_html, to_latex, to_markdown
+from modan_fast.report.formats import Table, file_name, to_csv, to_html, to_latex, to_markdown
 from modan_fast.report.tables import comparison_table, number, p_value, paper_table, span, summary_table
 
 METHODS = {"mulsupcon": "ModAn-MulSupCon", "scratch": "Scratch"}
@@ -47,15 +48,15 @@ def test_a_task_folder_is_known_by_a_word_of_its_name(folder: str, task: str | N
     assert paper.task_of(folder) == task
 
 
-def test_all_forms_hold_the_same_cells(results: Path) -> None:
+def test_all_forms_have_the_same_content(results: Path) -> None:
     table = of(results, "probe")
     head, *rows = csv.reader(io.StringIO(to_csv(table)))
     assert head[2:4] == ["breast AUC", "breast 95 % CI"]
     assert rows == [list(row) for row in table.rows]
     for text in (to_markdown(table), to_html(table)):
         for row in rows:
-            for fold_run in row:
-                assert fold_run.replace("<", "&lt;") in text or fold_run in text
+            for entry in row:
+                assert entry.replace("<", "&lt;") in text or entry in text
     latex = to_latex(table)
     assert latex.count(r"\\") == len(rows) + 2
     assert all(
@@ -76,3 +77,8 @@ def test_special_characters_are_escaped_in_each_form() -> None:
     assert r"a\_b \& c" in to_latex(table)
     assert r"x\|y" in to_markdown(table)
     assert "&lt;i&gt;" in to_html(table)
+
+
+def test_a_file_name_leads_to_no_other_folder() -> None:
+    assert file_name("table4-released-code.md") == "table4-released-code.md"
+    assert file_name("roc-../../home/x-paper.svg") == "roc-.._.._home_x-paper.svg"
