@@ -1,4 +1,4 @@
-"""The parameters of each view (crop, flip, jitter, blur) and the order of the samples, from (seed, epoch, sample, view).
+"""The parameters of a view (crop, flip, jitter, blur) and the order of samples, from (seed, epoch, sample, view).
 
 Every random number is one word of a counter-based generator. It depends on its own coordinates alone, and not on
 threads, ranks, batches or earlier numbers.

@@ -114,9 +114,10 @@ class MulSupConLoss(nn.Module):
     Call with `embeddings` (2N, D), floating point, of any scale, and `labels` (N, K), 0/1; returns a scalar. Raises
     ValueError if the shapes do not fit, `temperature` is not above 0 or `threshold` is outside [0, 1].
 
-    >>> loss = MulSupConLoss()
-    >>> bool(loss(torch.randn(8, 128), torch.eye(4)) > 0)  # four images, each with a label of its own
-    True
+    Examples:
+        >>> loss = MulSupConLoss()
+        >>> bool(loss(torch.randn(8, 128), torch.eye(4)) > 0)  # four images, each with a label of its own
+        True
     """
 
     def __init__(self, temperature: float = 0.07, threshold: float = 0.3) -> None:

@@ -1,5 +1,6 @@
 """The losses against loops written from their formulas."""
 
+import doctest
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modan_fast import losses
 from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
 
 
@@ -145,3 +147,7 @@ def test_a_temperature_that_is_not_above_zero_is_refused(loss, temperature):
 def test_a_threshold_outside_zero_to_one_is_refused(threshold):
     with pytest.raises(ValueError, match=r"`threshold` must be in \[0, 1\]"):
         MulSupConLoss(threshold=threshold)
+
+
+def test_the_examples_in_the_docstrings_run():
+    assert doctest.testmod(losses) == (0, 2)
