@@ -238,7 +238,7 @@ class EvaluateConfig:
         recipe=True,
     )
     model_selection: Literal["lowest-val-loss", "last-epoch"] = option(
-        "lowest-val-loss", "Which epoch of fine-tuning is judged.", recipe=True
+        "lowest-val-loss", "Which epoch of a training is judged.", recipe=True
     )
     stem: Stem = option("3x3", "First convolution of `scratch` and `imagenet`.", recipe=True)
     sum_filters: bool = option(
@@ -277,7 +277,9 @@ class ReportConfig:
     reference: str | None = option(
         None, "Init that the others are compared with; by default the first one of the method mulsupcon."
     )
-    shards: Path | None = option(None, "Shard set whose images the UMAP shows; by default that of the inits.")
+    shards: str | None = option(
+        None, "Shard set (folder or URL) whose images the UMAP shows; by default that of the inits."
+    )
     samples: int = option(2000, "Images in the UMAP; 0 leaves it out.", least=0)
     device: Device = option("auto", "Where to compute features; a GPU if there is one.")
 

@@ -77,7 +77,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
 def _missing(
     config: EvaluateConfig, task: Task, inits: Sequence[Init], results: Results
 ) -> list[tuple[Experiment, Init, list[FoldRun]]]:
-    """The fold runs of each experiment that the results lack, where there are any."""
+    """The fold runs that the results lack, by experiment; complete experiments are left out."""
     done = results.finished()
     repeats, folds = range(1, config.repeats + 1), range(1, len(task.folds) + 1)
     wanted = [FoldRun(repeat, fold) for repeat in repeats for fold in folds]

@@ -1,4 +1,4 @@
-"""The encoders that an evaluation judges, by name: of a run, of a file, `imagenet`, or `scratch`; where each starts."""
+"""The encoders that an evaluation judges, and their initial weights: a run's, a file's, `imagenet` and `scratch`."""
 
 from __future__ import annotations
 

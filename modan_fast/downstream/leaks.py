@@ -24,7 +24,7 @@ class Leak(NamedTuple):
     train_image: str
 
 
-def leaks(task: Task) -> list[Leak]:
+def find_leaks(task: Task) -> list[Leak]:
     """The leaks of all folds, by bytes and, if the patients are known, by patient."""
     found = []
     for number, fold in enumerate(task.folds, start=1):
@@ -45,7 +45,7 @@ def update_leaks(task: Task, path: Path) -> list[Leak]:
 
     The file's leaks by patient are kept if the patients are unknown now.
     """
-    found = leaks(task)
+    found = find_leaks(task)
     if path.exists() and not task.patients:
         found += [leak for leak in read_leaks(path) if leak.shared == "patient"]
     if found:

@@ -1,4 +1,4 @@
-"""What a fold run's predictions are worth: AUC, sensitivity and specificity of binary labels and scores.
+"""AUC, sensitivity and specificity of a fold run's predictions.
 
 Each takes labels, 0 or 1, and scores of the same images, and returns None for what cannot be computed.
 """

@@ -86,7 +86,7 @@ def read_finished(folder: Path) -> tuple[Predictions, int]:
 
 
 def by_fold(predictions: Predictions, metric: Metric) -> dict[Experiment, dict[int, NDArray[np.float64]]]:
-    """A metric of each fold, `[experiment][repeat][fold - 1]`, NaN where it is None; only repeats with all folds."""
+    """A metric of each fold, `[experiment][repeat][fold - 1]`, with NaN for None; only repeats with all folds."""
     folds: dict[str, set[int]] = defaultdict(set)
     for experiment, fold_runs in predictions.items():
         folds[experiment.task].update(fold_run.fold for fold_run in fold_runs)

@@ -24,7 +24,7 @@ from modan_fast.downstream.results import Experiment
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
-FEWEST_REPEATS = 3  # of an interval: Student's t with one degree of freedom is wider than [0, 1]
+FEWEST_REPEATS = 3  # for an interval; with two it would be ± 12.7 standard errors
 
 Interval = tuple[float, float]
 

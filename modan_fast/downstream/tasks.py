@@ -1,4 +1,4 @@
-"""A downstream task: its images, labels and five folds, read from disk; the seeds of each training; its pixels.
+"""A downstream task: images, labels, folds and pixels, read from disk; and `FoldRun`, one training with its seeds.
 
 N images, H x W pixels.
 """

@@ -1,4 +1,4 @@
-"""How a table is written: as Markdown, CSV, LaTeX and HTML."""
+"""A table as Markdown, CSV, LaTeX and HTML, and the names of its files."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
     """Write report.html with its tables/ and figures/ from a results folder; return the page's path.
 
     The same results give the same files. Raises `InputError` if there are no results, or if the reference is none of
-    their inits. If the UMAP cannot be made, the page has the reason in its place.
+    their inits. If the UMAP cannot be made, the page states why.
     """
     predictions, unfinished = read_finished(results)
     out = config.out or results

@@ -98,7 +98,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
         "enough repeats it shrinks to nothing. CI, folds: a bootstrap of the five folds' mean AUCs. Five are few, and "
         "they share training images: even for five independent normal values this interval contains the mean in 84 % "
         f"of cases, not 95 %. An image counts as positive if its score is at least {THRESHOLD}; this says little about "
-        "fine-tuning without a head (released-code), whose scores are one of 512 probabilities.",
+        "fine-tuning without a head (released-code), where every feature counts as a class.",
     )
 
 

@@ -41,9 +41,9 @@ def run(task: Task, settings: EvaluateConfig, fold_run: FoldRun, network: TaskNe
     ("count", "sizes"), [(24, [8, 8, 8]), (25, [8, 8, 9]), (26, [8, 8, 8, 2]), (1, [1]), (9, [9])]
 )
 def test_batches_keep_every_row_and_leave_none_alone(count: int, sizes: list[int]) -> None:
-    parts = batches(torch.arange(count), 8)
-    assert [len(part) for part in parts] == sizes
-    assert torch.cat(parts).tolist() == list(range(count))
+    found = batches(torch.arange(count), 8)
+    assert [len(batch) for batch in found] == sizes
+    assert torch.cat(found).tolist() == list(range(count))
 
 
 @pytest.mark.parametrize(("recipe", "protocol"), [("paper", "finetune"), ("released-code", "probe")])

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from modan_fast.downstream.leaks import Leak, describe, leaks, read_leaks, update_leaks
+from modan_fast.downstream.leaks import Leak, describe, find_leaks, read_leaks, update_leaks
 from modan_fast.downstream.tasks import read_task
 
 MakeTask = Callable[..., Path]
@@ -11,19 +11,19 @@ MakeTask = Callable[..., Path]
 
 def test_leaks_are_found_by_bytes_and_by_a_patient_column(make_task: MakeTask) -> None:
     folder = make_task()
-    assert leaks(read_task(folder)) == []
+    assert find_leaks(read_task(folder)) == []
     for path in (folder / "dataframe").iterdir():
         head, *rows = path.read_text().splitlines()
         # Images 0 and 6 are of one patient, the others of one each.
         rows = [f"{row},{row[7:10].replace('006', '000')}" for row in rows]
         path.write_text("\n".join([f"{head},patient", *rows]) + "\n")
     # Fold 1 tests image 0 and trains on image 6; fold 4 tests image 6 and trains on image 0.
-    assert leaks(read_task(folder, group="patient")) == [
+    assert find_leaks(read_task(folder, group="patient")) == [
         Leak(1, "patient", "images/000.png", "images/006.png"),
         Leak(4, "patient", "images/006.png", "images/000.png"),
     ]
     (folder / "images" / "006.png").write_bytes((folder / "images" / "000.png").read_bytes())
-    found = leaks(read_task(folder))
+    found = find_leaks(read_task(folder))
     assert {leak.shared for leak in found} == {"bytes"}
     assert describe(found).endswith(": 2 by the same bytes"), "patients are unknown here"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modan_fast.downstream.leaks import leaks
+from modan_fast.downstream.leaks import find_leaks
 from modan_fast.downstream.tasks import FoldRun, decode, read_task, write_folds
 from shard_builder.settings import InputError
 
@@ -134,10 +134,10 @@ def test_folds_of_class_folders_are_stratified_and_keep_patients_together(
         assert sorted(np.concatenate([fold.train, fold.val, fold.test])) == list(range(60))
         for part in (fold.train, fold.val, fold.test):
             assert task.labels[part].mean() == 0.5
-    assert leaks(task) == []
-    by_patient = leaks(read_task(folder, group=r"/([a-z]+\d+)_"))
+    assert find_leaks(task) == []
+    by_patient = find_leaks(read_task(folder, group=r"/([a-z]+\d+)_"))
     assert by_patient == []
-    assert bool(leaks(replace(task, patients=tuple(image[-10:-8] for image in task.images))))
+    assert bool(find_leaks(replace(task, patients=tuple(image[-10:-8] for image in task.images))))
     assert [fold.test.tolist() for fold in read_task(folder, group=group).folds] == [
         fold.test.tolist() for fold in task.folds
     ]
