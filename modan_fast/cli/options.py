@@ -147,6 +147,8 @@ def in_options(message: str, app: typer.Typer) -> str:
     `` `resume=True` `` becomes `--resume`, and `` `store=host` `` becomes `--store host`. The names are those of the
     command in `sys.argv`, or else of any other command.
     """
+    if "`" not in message:  # most log lines: the commands need not be built for them
+        return message
     names = _shown_names(app)
 
     def shown(match: re.Match[str]) -> str:
