@@ -6,6 +6,7 @@ import math
 import os
 import types
 import typing
+import unicodedata
 from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any, Literal
@@ -18,8 +19,28 @@ class InputError(ValueError):
     """Wrong use or bad input. The message is one line: what was found, where, and what to do.
 
     Settings are written as Python arguments in backticks: `` `batch_size` `` or `` `overwrite=True` ``. The command
-    line shows these as `--batch-size` and `--overwrite`.
+    line shows these as `--batch-size` and `--overwrite`. Names from files may be quoted as they are: the message is
+    made `printable`.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` on one line that cannot command a terminal.
+
+    Line ends become spaces. Other control characters, such as that of terminal escapes, marks that reverse the
+    direction of writing, and what is no character become escapes (`\\x1b`).
+    """
+    return "".join(
+        " "
+        if character in "\n\r\t\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+        else character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs")
+        else character
+        for character in text
+    )
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
