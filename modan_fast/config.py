@@ -167,6 +167,9 @@ class PretrainConfig:
         most=MOST_THREADS,
     )
     checkpoint_every: int = option(10, "Epochs between two checkpoints.", changeable=True, least=1)
+    checkpoint_minutes: float | None = option(
+        10.0, "Minutes between two checkpoints at most, also within an epoch.", changeable=True, above=0
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

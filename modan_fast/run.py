@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from modan_fast import __version__
 from modan_fast.config import SMALLEST_IMAGE, PretrainConfig, to_json
 from modan_fast.encoders import FILE as ENCODER
 from modan_fast.encoders import Encoder, encoder_metadata, save_encoder
-from modan_fast.folder import is_new, read_json, write_json, write_text
+from modan_fast.folder import is_new, read_json, write_json
 from modan_fast.recipes import pretrain_config
-from modan_fast.shards import ShardSet
+from modan_fast.shards import ShardSet, is_url
 from shard_builder.atomic import replacing
 from shard_builder.settings import InputError
+
+log = logging.getLogger(__name__)
 
 CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.pt"
 
@@ -70,10 +73,19 @@ def settings_for(given: Mapping[str, Any], *, resume: bool) -> PretrainConfig:
 def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
     """The settings of the run in the folder `run`, changed by those in `given` that may change.
 
-    Raises `InputError` if there is no run, or if `given` changes another setting.
+    A recorded URL may be a command, and the record may be someone else's: `given` must repeat it. Nor does a record say
+    where to write: `out` is always `run`. Raises `InputError` if there is no run, if a URL is not repeated, or if
+    `given` changes another setting.
     """
-    config = _settings(run, _written(run))
-    wanted = pretrain_config({**to_json(config), **given}).resolved(config.image_size or SMALLEST_IMAGE)
+    config = replace(_settings(run, _written(run)), out=run)
+    if is_url(config.shards) and "shards" not in given:
+        raise InputError(
+            f"{run} was started with `shards={config.shards}`: repeat that to resume it, a recorded URL is not opened"
+        )
+    if "shards" not in given:
+        log.info("shards: %s, as recorded in %s", config.shards, run / CONFIG)
+    wanted = pretrain_config({**to_json(config), **given, "out": run})
+    wanted = wanted.resolved(config.image_size or SMALLEST_IMAGE)
     for field in fields(PretrainConfig):
         name = field.name
         may_change = field.metadata.get("changeable") and not (name == "epochs" and config.schedule == "cosine")
@@ -99,15 +111,15 @@ def begin(
     """
     run = config.run
     run.mkdir(parents=True, exist_ok=True)
-    log = run / LOG
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    lines = (run / LOG).read_bytes().splitlines(keepends=True) if (run / LOG).is_file() else []
     outdated = [run / CHECKPOINT, *run.glob("encoder*.safetensors")] if resumed_at is None else []
     unfinished = [
         half for name in (CONFIG, LOG, CHECKPOINT, "encoder*.safetensors") for half in _halves(run, name)
     ]
     for path in (*outdated, *unfinished):
         path.unlink(missing_ok=True)
-    write_text(log, "".join(lines[: resumed_at or 0]))
+    with replacing(run / LOG) as file:
+        file.writelines(lines[: resumed_at or 0])
     manifest = shards.manifest
     content = {
         "settings": to_json(config),
@@ -139,9 +151,18 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a run: tensors, numbers, strings, and containers of them."""
+    """Write the state of a run: tensors, numbers, strings, and containers of them.
+
+    Raises `InputError` if the run folder is gone: half of one would be of no use.
+    """
+    if not (run / CONFIG).exists():
+        raise InputError(f"{run / CONFIG} is gone, and the run with it: start anew")
     with replacing(run / CHECKPOINT) as file:
-        torch.save(dict(state), file)
+        try:
+            torch.save(dict(state), file)
+        except RuntimeError as error:
+            # torch's writer hides the system's error behind one of its own.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:

@@ -20,6 +20,10 @@ from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
 from modan_fast.metrics import EpochClock
 
 
+# What each optimiser gathers for a parameter.
+OPTIMIZER_STATE = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
+
+
 class EncoderWithHead(nn.Module):
     """An encoder with its pretraining head: views (N, 1, H, W) to embeddings (N, D)."""
 
@@ -40,13 +44,18 @@ class TrainState:
     it. New weights are sampled from torch's global generator, seeded with the run's seed.
     """
 
-    def __init__(self, config: PretrainConfig, *, classes: int, steps: int, device: torch.device) -> None:
-        """`classes` is the number of logits of the supervised method, `steps` that of batches in an epoch."""
+    def __init__(
+        self, config: PretrainConfig, *, classes: int, steps: int, device: torch.device, resumed: bool = False
+    ) -> None:
+        """`classes` is the number of logits of the supervised method, `steps` that of batches in an epoch.
+
+        A state that is to be `resumed` gets its weights from `load_state_dict`, so those of ImageNet are not read.
+        """
         self.config, self.steps, self.device = config, steps, device
         self.dtype = compute_type(config.precision, device)
         self.compiled = wants_compile(config.compile, device)
         torch.manual_seed(config.seed)
-        self.encoder = new_encoder(config)
+        self.encoder = Encoder(config.stem, config.channels) if resumed else new_encoder(config)
         self.model = EncoderWithHead(self.encoder, new_head(config.method, classes, self.encoder.num_features))
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
@@ -96,13 +105,17 @@ class TrainState:
         """Whether all batches of the current epoch were trained on."""
         return self.step >= self.steps
 
+    @property
+    def loss(self) -> float:
+        """The mean loss of the epoch so far, of at least one step; this synchronises."""
+        return self._loss_sum.item() / self.step
+
     def metrics(self, samples: int) -> dict[str, float]:
         """The numbers of the current epoch so far, of a set of `samples` images; this synchronises."""
-        loss = self._loss_sum.item() / self.step
         seconds = self.clock.seconds
         images = min(self.step * self.config.batch_size, samples)
         return {
-            "loss": loss,
+            "loss": self.loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "views_per_second": round(images * self.config.views / seconds, 1),
@@ -132,19 +145,34 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; raises KeyError, RuntimeError, TypeError or ValueError where it does not fit."""
+        """Continue from a state.
+
+        Raises AttributeError, IndexError, KeyError, RuntimeError, TypeError or ValueError where it does not fit.
+        """
+        epoch, step = int(state["epoch"]), int(state["step"])
+        if not (0 <= epoch <= self.config.epochs and 0 <= step <= self.steps):
+            raise ValueError(f"epoch {epoch} and step {step} are outside the run")
         model = state["model"]
         for part, name in ((self.encoder.network, "encoder."), (self.model.head, "head.")):
             part.load_state_dict({key.removeprefix(name): model[key] for key in model if key.startswith(name)})
-        fused = self.optimizer.param_groups[0]["fused"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused  # this machine's choice, not that of the state
+        # The settings of the optimiser are the run's, and `fused` is this machine's choice: only what it has gathered
+        # for each parameter comes from the state.
+        gathered = {number: dict(state["optimizer"]["state"][number]) for number in state["optimizer"]["state"]}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": gathered, "param_groups": groups})
+        for parameter, values in self.optimizer.state.items():
+            tensors = [value for value in values.values() if value is not None]  # SGD without momentum has None
+            if set(values) != OPTIMIZER_STATE[self.config.optimizer] or not all(
+                each.shape in (parameter.shape, ()) and bool(torch.isfinite(each).all()) for each in tensors
+            ):
+                raise ValueError("the optimiser's state does not belong to the parameters")
+        if not all(bool(torch.isfinite(value).all()) for value in self.model.state_dict().values()):
+            raise ValueError("the weights are not finite")
         if state["scaler"]:  # empty if the state was saved where losses are not scaled
             self._scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
-        self._loss_sum = state["loss_sum"].to(self.device)
-        self.clock = EpochClock(self.device, state["seconds"], state["waited"])
+        self.epoch, self.step = epoch, step
+        self._loss_sum = state["loss_sum"].to(self.device, torch.float32).reshape(())
+        self.clock = EpochClock(self.device, float(state["seconds"]), float(state["waited"]))
 
 
 def new_encoder(config: PretrainConfig) -> Encoder:
