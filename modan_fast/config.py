@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from shard_builder.settings import InputError, check_settings, option
+from shard_builder.settings import InputError, check_settings, literal_words, option
 
 Method = Literal["mulsupcon", "simclr", "supcon", "supervised"]
 Recipe = Literal["paper", "released-code"]
@@ -29,6 +30,7 @@ FinetuneHead = Literal["linear", "identity", "identity-except-simclr"]
 LARGEST_SEED = 2**63 - 1
 SMALLEST_IMAGE, LARGEST_IMAGE = 32, 4096  # a ResNet halves the side five times
 MOST_THREADS = 1024
+LARGEST_FILE, LONGEST_VALUE, LONGEST_NAME = 2**18, 10_000, 100  # of settings, in characters
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,7 @@ class EvaluateConfig:
         if self.group is not None:
             try:
                 re.compile(self.group)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise InputError(f"`group={self.group}` is no regular expression ({error})") from error
         if not self.init:
             raise InputError("no encoder to judge: name one or more with `init=RUN_FOLDER` or `init=scratch`")
@@ -333,6 +335,8 @@ def _similar(name: str, known: typing.Iterable[str]) -> str:
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
     """`value` as the type `kind`; `InputError` where it is of another one."""
+    if isinstance(value, int) and abs(value) >= 2**63:  # it may be too long to be shown, and no float
+        raise InputError(f"`{name}` is an integer of over 64 bits: give a smaller one")
     if isinstance(kind, types.UnionType):
         wanted = next(part for part in kind.__args__ if part is not types.NoneType)
         return None if value is None else _typed(name, wanted, value)
@@ -351,14 +355,13 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    elif kind is Path:
-        if isinstance(value, (str, Path)):
-            return Path(value)
-    elif kind is str:
-        if isinstance(value, (str, Path)):
-            return str(value)
-    elif typing.get_origin(kind) is Literal:
-        return value  # check_settings names the words
+    elif kind in (Path, str):
+        if isinstance(value, (str, Path)) and _can_be_a_path(str(value)):
+            return kind(value)
+    elif words := literal_words(kind):
+        if value in words:
+            return value
+        raise InputError(f"`{name}` must be one of {', '.join(words)}, got {reprlib.repr(value)}")
     elif isinstance(value, kind):
         return value
     article = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", str: "a text"}
@@ -366,14 +369,32 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     raise InputError(f"`{name}` must be {wanted_text}, got {reprlib.repr(value)}")
 
 
-def read_settings(path: Path, kind: type) -> dict[str, Any]:
+def _can_be_a_path(text: str) -> bool:
+    """Whether the system can be asked for a path of this name; a file of settings may hold any character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_url(location: str) -> bool:
+    """Whether `location` begins with a URL's scheme; a single letter is a Windows drive."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", location) is not None
+
+
+def read_settings(path: Path, kind: type, named: Collection[str] = ()) -> dict[str, Any]:
     """The settings that a YAML or JSON file gives for the dataclass `kind`, by name; nested ones as `outer.inner`.
 
-    A run's `config.json` is such a file: its part `settings` is read. Raises `InputError` that names the line of an
-    unknown setting, of one that is given twice, and of whatever is no YAML.
+    Those in `named`, which the user gave beside the file, are left out. A run's `config.json` is such a file: its part
+    `settings` is read. Raises `InputError` that names the line of an unknown setting, of one that is given twice, of a
+    URL, and of whatever is no YAML.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise InputError(f"{path} has over {LARGEST_FILE:,} characters: name a file of settings")
+        root = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): name a YAML or JSON file") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -386,6 +407,13 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
     root = next((value for key, value in _mapping(root, path) if key.value == "settings"), root)
     given: dict[str, Any] = {}
     _collect(root, kind, "", path, given)
+    given = {name: value for name, value in given.items() if name not in named}
+    shards = given.get("shards")
+    if isinstance(shards, str) and is_url(shards):
+        # It may be a command, and the file may be someone else's.
+        raise InputError(
+            f"{path} names a URL, which is opened only if you name it yourself: repeat `shards={shards}`"
+        )
     return given
 
 
@@ -394,7 +422,7 @@ def _collect(node: yaml.Node, kind: type, prefix: str, path: Path, given: dict[s
     kinds = typing.get_type_hints(kind)
     for key_node, value in _mapping(node, path):
         where = f"{path}, line {key_node.start_mark.line + 1}"
-        key = "".join(each if each.isprintable() else "?" for each in str(key_node.value))
+        key = "".join(each if each.isprintable() else "?" for each in key_node.value[:LONGEST_NAME])
         outer, _, inner = key.partition(".")
         name = prefix + key
         if is_dataclass(kinds.get(outer)):
@@ -409,14 +437,20 @@ def _collect(node: yaml.Node, kind: type, prefix: str, path: Path, given: dict[s
             raise InputError(f"{where}: unknown setting `{name}`{_similar(outer, kinds)}")
         if name in given:
             raise InputError(f"{where}: `{name}` is given twice")
+        # Every setting is a word or a list of words. What is nested deeper may be a few lines that fill the memory.
+        parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not all(isinstance(part, yaml.ScalarNode) and len(part.value) <= LONGEST_VALUE for part in parts):
+            raise InputError(f"{where}: `{name}` must be one value, or a list of values")
         try:
             given[name] = yaml.SafeLoader("").construct_object(value, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # `!!bool maybe` is a KeyError
             raise InputError(f"{where}: `{name}` has no usable value") from error
 
 
-def _mapping(node: yaml.Node, path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+def _mapping(node: yaml.Node, path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     """The keys and values of a YAML mapping."""
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, yaml.MappingNode) or not all(
+        isinstance(key, yaml.ScalarNode) for key, _ in node.value
+    ):
         raise InputError(f"{path}, line {node.start_mark.line + 1}: settings must be `name: value` pairs")
     return list(node.value)

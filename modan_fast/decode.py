@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import struct
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,10 @@ from modan_fast.config import RendererName
 from shard_builder.manifest import Codec
 
 Pixels = NDArray[np.uint8]
+
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR"
+# Markers of baseline and extended frames. A progressive one may have thousands of scans, which take minutes to decode.
+JPEG_FRAMES = (0xC0, 0xC1)
 
 
 def dali_installed() -> bool:
@@ -32,6 +37,34 @@ class Decoder(Protocol):
 
     def collect(self) -> Pixels:
         """The oldest submitted batch, (N, C, C) uint8; waits until it is decoded."""
+
+
+def check_header(image: bytes, codec: Codec, size: int) -> None:
+    """Raise `ValueError` unless the stored image says of itself that it is grey, 8 bits, and `size` pixels square.
+
+    Asked before a decoder is called: what decoders do with a header of 60,000 x 60,000 pixels is to ask for 3.6 GB.
+    """
+    if codec == "raw":
+        if len(image) != size**2:
+            raise ValueError(f"it has {len(image):,} bytes, not {size} x {size}")
+    elif codec == "png":
+        if not image.startswith(PNG_START + struct.pack(">IIBB", size, size, 8, 0)):
+            raise ValueError(f"it is not a grey PNG image of {size} x {size} pixels")
+    elif _jpeg_frame(image) != struct.pack(">BHHB", 8, size, size, 1):
+        raise ValueError(f"it is not a grey baseline JPEG image of {size} x {size} pixels")
+
+
+def _jpeg_frame(image: bytes) -> bytes | None:
+    """Bits, height, width and channels in the header of a JPEG file, as they are stored; None if there is none."""
+    at = 2
+    while image.startswith(b"\xff\xd8") and len(image) >= at + 10 and image[at] == 0xFF:
+        marker = image[at + 1]
+        if marker in JPEG_FRAMES:
+            return image[at + 4 : at + 10]
+        if marker < 0xC0 or marker in (0xD8, 0xD9, 0xDA):  # without a length, or pixels before a header
+            return None
+        at += 2 + int.from_bytes(image[at + 2 : at + 4])
+    return None
 
 
 def open_decoder(renderer: RendererName, *, codec: Codec, size: int, batch_size: int, threads: int) -> Decoder:
@@ -52,7 +85,7 @@ class PillowDecoder:
     def _decode(self, image: bytes) -> Pixels:
         if self.codec == "raw":
             return np.frombuffer(image, np.uint8).reshape(self.size, self.size)
-        return np.asarray(Image.open(io.BytesIO(image)))
+        return np.asarray(Image.open(io.BytesIO(image), formats=("PNG", "JPEG")))
 
     def submit(self, images: Sequence[bytes]) -> None:
         """See `Decoder.submit`."""

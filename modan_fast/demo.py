@@ -17,6 +17,7 @@ from modan_fast.config import Augmentation
 from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.probe import apply_to_all
 from modan_fast.encoders import Encoder, load_encoder
+from modan_fast.folder import LOCK, check_writable, locked
 from modan_fast.phantom import phantom_archive, phantom_plan, phantom_task
 from modan_fast.recipes import evaluate_config, pretrain_config
 from modan_fast.render import render_view
@@ -24,6 +25,7 @@ from modan_fast.report.figures import contact_sheet, embedding
 from modan_fast.shards import open_shards
 from modan_fast.store import read_all
 from modan_fast.trainer import pretrain
+from shard_builder.atomic import UNFINISHED
 from shard_builder.build import build
 from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError, Progress, no_progress
@@ -57,21 +59,32 @@ class Made:
 def demo(out: Path, *, overwrite: bool = False, progress: Progress = no_progress) -> Made:
     """Run the demo in the folder `out`; a rerun continues where it was.
 
-    Raises `InputError` if `out` holds anything else. With `overwrite` the demo's own files are made anew.
+    With `overwrite` the demo's own files are made anew. Raises `InputError` if `out` holds anything else, or if another
+    demo is writing to it.
     """
     parts = ("archive", "lesion", "shards", "run", "results", "views.png", "embedding.png")
     # What a stopped demo leaves of an unfinished folder.
     unfinished = re.compile(r"\.?(archive|lesion|shards|run)\..+")
     if out.exists() and (
         not out.is_dir()
-        or any(path.name not in parts and not unfinished.fullmatch(path.name) for path in out.iterdir())
+        or any(path.name not in (*parts, LOCK) and not unfinished.fullmatch(path.name) for path in out.iterdir())
     ):
         raise InputError(f"{out} exists and is no folder of a demo: choose another one with `out`")
+    check_writable(out)
     made = Made(*(out / part for part in parts))
-    if overwrite:
-        for path in vars(made).values():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with locked(out, "demo"):
+        if overwrite:
+            for path in vars(made).values():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in out.iterdir():
+            if re.fullmatch(rf"(archive|lesion){UNFINISHED}", path.name):
+                shutil.rmtree(path)
+        _make(made, progress)
+    return made
 
+
+def _make(made: Made, progress: Progress) -> None:
+    """Do all steps of the demo that are not done."""
     if not made.archive.exists():
         phantom_archive(made.archive, per_class=PER_CLASS, size=96, classes=some_classes(), progress=progress)
     if not made.task.exists():
@@ -88,7 +101,6 @@ def demo(out: Path, *, overwrite: bool = False, progress: Progress = no_progress
     progress("figures", 1, 2, "")
     plot_embedding(made.embedding, pixels, names, made.run)
     progress("figures", 2, 2, "")
-    return made
 
 
 def some_classes() -> list[str]:

@@ -6,8 +6,11 @@ N images, C channels, H x W pixels, F features.
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import safetensors
@@ -21,7 +24,11 @@ from shard_builder.atomic import replacing
 from shard_builder.settings import InputError
 
 FILE = "encoder.safetensors"  # in a run folder
+LARGEST_FILE = 2**29  # bytes; a ResNet-18 has 90 MB in float64
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+COUNT = "num_batches_tracked"  # the end of a name; torch's batch-norm has this integer, which nothing here reads
 FIRST = "conv1.weight"
+TORCHVISION = Path("torchvision")  # stands for ImageNet's weights where no file was named
 KERNELS: dict[Stem, tuple[int, int]] = {
     "3x3": (3, 1),
     "7x7": (7, 2),
@@ -69,9 +76,13 @@ def preprocessing(encoder: Encoder, image_size: int | None) -> dict[str, Any]:
 def encoder_file(source: str | Path) -> Path:
     """The encoder's file of a run folder, or `source` itself. Raises `InputError` if there is no such file."""
     path = Path(source)
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
+    path = path / FILE if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, scratch or imagenet")
+    if os.path.getsize(path) > LARGEST_FILE:
+        raise InputError(
+            f"{path} has over {LARGEST_FILE >> 20} MiB, more than a ResNet-18: give the weights of one"
+        )
     return path
 
 
@@ -91,9 +102,9 @@ def save_encoder(path: Path, encoder: Encoder, metadata: Mapping[str, str]) -> N
 def encoder_metadata(path: Path) -> dict[str, str]:
     """The metadata of an encoder's file, such as `epoch` and `method`; none where the file cannot be read."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safetensors.safe_open(encoder_file(path), "pt") as file:
             return dict(file.metadata() or {})
-    except (OSError, safetensors.SafetensorError):
+    except (InputError, OSError, safetensors.SafetensorError):
         return {}
 
 
@@ -101,37 +112,69 @@ def load_encoder(source: str | Path) -> Encoder:
     """The encoder of a run folder or a safetensors file, for grey images, in evaluation mode.
 
     The stem is read off the weights. A three-channel encoder becomes an equivalent one-channel encoder: the filters of
-    its first convolution are summed. Raises `InputError` if there is no file, or if it is not a ResNet-18's.
+    its first convolution are summed. Raises `InputError` if there is no file, if it is not a ResNet-18's, and for
+    weights that are not finite.
     """
     path = encoder_file(source)
     try:
         weights: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+    except Exception as error:  # the library raises its own error, OSError, KeyError for a type it cannot name, …
+        reason = str(error)[:200]
         raise InputError(
-            f"{path} is no readable safetensors file ({error}): give one, or the folder of a run"
+            f"{path} is no readable safetensors file ({reason}): give one, or the folder of a run"
         ) from error
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+    _check_types(weights, path)
     stem = _stem_of(weights)
     if stem is None:
         raise InputError(f"{path} holds no ResNet-18 with a 3x3 or 7x7 stem: give the weights of one")
-    wanted = Encoder(stem, channels=weights[FIRST].shape[1]).weights
+    wanted = _shapes(stem, channels=weights[FIRST].shape[1])
     for name in sorted(wanted.keys() | weights.keys()):
         have, want = weights.get(name), wanted.get(name)
-        if have is None or want is None or have.shape != want.shape:
+        if have is None or want is None or have.shape != want:
             found = (
                 "lacks" if have is None else "has an extra" if want is None else f"has {tuple(have.shape)} for"
             )
-            raise InputError(f"{path} is no ResNet-18: it {found} {name}")
-    weights[FIRST] = weights[FIRST].sum(1, keepdim=True)
-    encoder = Encoder(stem)
+            raise InputError(f"{path} is no ResNet-18: it {found} {name[:100]}")
+    weights[FIRST] = weights[FIRST].float().sum(1, keepdim=True)
+    with torch.device("meta"):  # no random weights, which would be replaced
+        encoder = Encoder(stem)
+    encoder = encoder.to_empty(device="cpu")
     encoder.load_weights(weights)
+    _check_finite(encoder, path)
     return encoder.eval()
+
+
+@lru_cache(maxsize=8)
+def _shapes(stem: Stem, channels: int) -> dict[str, torch.Size]:
+    """The shapes of an encoder's weights, found without memory for them."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in Encoder(stem, channels).weights.items()}
+
+
+def _check_types(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `InputError` that names the first of `weights` that is no plain tensor of floating-point numbers."""
+    for name, value in weights.items():
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_neg()
+        number = value.dtype in FLOATS or (name.endswith(COUNT) and value.dtype == torch.int64)
+        if not (plain and number and value.device.type == "cpu"):
+            kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
+            raise InputError(
+                f"{path}: {name[:100]} is no tensor of floating-point numbers ({kind}): give weights"
+            )
+
+
+def _check_finite(encoder: Encoder, path: Path) -> None:
+    for name, value in encoder.weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path} holds weights that are not finite ({name}): its pretraining diverged")
 
 
 def _stem_of(weights: Mapping[str, Tensor]) -> Stem | None:
     """The stem that has a first convolution of this shape; None for another architecture."""
     shape = tuple(weights[FIRST].shape) if FIRST in weights else ()
-    return next((stem for stem, (kernel, _) in KERNELS.items() if shape[2:] == (kernel, kernel)), None)
+    found = next((stem for stem, (kernel, _) in KERNELS.items() if shape[2:] == (kernel, kernel)), None)
+    return found if 0 not in shape else None
 
 
 def imagenet_encoder(path: Path | None, stem: Stem, *, sum_filters: bool, channels: int = 1) -> Encoder:
@@ -145,8 +188,9 @@ def imagenet_encoder(path: Path | None, stem: Stem, *, sum_filters: bool, channe
     weights = imagenet_weights(path)
     try:
         encoder.load_weights(_fitted(weights, encoder.weights, sum_filters=sum_filters))
-    except Exception as error:  # a file may hold anything
+    except RuntimeError as error:  # other names or shapes
         raise _unusable(path, error) from error
+    _check_finite(encoder, path or TORCHVISION)
     return encoder
 
 
@@ -156,29 +200,62 @@ def _fitted(
     """ImageNet's `weights` without `fc`, and with a first convolution of the shape in `wanted`."""
     given = {name: value for name, value in weights.items() if not name.startswith("fc.")}
     random, first = wanted[FIRST], given.get(FIRST, torch.empty(0))
-    if random.shape[1] == 1:
-        first = first.sum(1, keepdim=True) if sum_filters else random
-    given[FIRST] = first if first.shape == random.shape else random
+    # Compared before anything is computed: a shape may be larger than the memory, without a value behind it.
+    fits = first.shape[:1] + first.shape[2:] == random.shape[:1] + random.shape[2:] and 1 <= first.shape[1] <= 4
+    if fits and sum_filters and random.shape[1] == 1:
+        first = first.float().sum(1, keepdim=True)
+    if first.shape != random.shape or (random.shape[1] == 1 and not sum_filters):
+        first = random
+    given[FIRST] = first
     for name in wanted.keys() - given.keys():
         # Weights from before torch 0.4.1 do not count batches; nothing here reads the count.
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(COUNT):
             given[name] = wanted[name]
     return given
+
+
+def cached_imagenet() -> Path:
+    """Where torchvision keeps its ImageNet weights once they are downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(ResNet18_Weights.IMAGENET1K_V1.url).name
 
 
 def imagenet_weights(path: Path | None) -> dict[str, Tensor]:
     """The tensors in a file, by default torchvision's for ImageNet, which are downloaded.
 
-    Raises `InputError` if there are none.
+    No code in the file runs. Raises `InputError` if there are no weights, or others than plain ones.
     """
     try:
         if path is None:
-            return dict(ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False))
-        if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+            weights = dict(ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False))
+        else:
+            _check_size(path)
+            if path.suffix == ".safetensors":
+                weights = safetensors.torch.load_file(path)
+            else:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+        # A tensor may be larger than the memory, and is not to be walked through.
+        if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+        ):
+            raise TypeError("not every entry is a named tensor")
+        if sum(value.nbytes for value in weights.values()) > LARGEST_FILE:
+            raise ValueError("too large")
     except Exception as error:  # a file may be anything, and a download may fail in any way
         raise _unusable(path, error) from error
+    _check_types(weights, path or TORCHVISION)
+    return weights
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError if `path` is no file, or one that fills the memory, also once it is unpacked."""
+    if not os.path.isfile(path):
+        raise ValueError("no file")
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(part.file_size for part in archive.infolist()))
+    if size > LARGEST_FILE:
+        raise ValueError("too large")
 
 
 def _unusable(path: Path | None, error: Exception) -> InputError:

@@ -150,7 +150,8 @@ def open_loader(
         batch_size = min(256, samples)
     if samples < batch_size:
         raise InputError(
-            f"`batch_size={batch_size}` is more than the {samples} images in {opened.location}: choose a smaller one"
+            f"`batch_size={batch_size}` is more than the {samples} images in {opened.shown_location}: choose a smaller "
+            "one"
         )
     where = device if isinstance(device, torch.device) else pick_device(device)
     threads = threads or usable_cores()

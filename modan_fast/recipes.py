@@ -71,7 +71,9 @@ def pretrain_config(given: Mapping[str, Any]) -> PretrainConfig:
     `imagenet_weights` alone implies `start_from=imagenet`. Raises `InputError` for unknown names and wrong values.
     """
     method, recipe = given.get("method", "mulsupcon"), given.get("recipe", "paper")
-    row = {name: value for name, value in PRETRAIN.get((method, recipe), {}).items() if name not in given}
+    # Compared, not looked up: a file may hold a list for a word, and a list is no key.
+    whole = next((row for key, row in PRETRAIN.items() if key == (method, recipe)), {})
+    row = {name: value for name, value in whole.items() if name not in given}
     if given.get("imagenet_weights") and "start_from" not in given:
         row["start_from"] = "imagenet"
     return changed(PretrainConfig(), {**row, **given})
@@ -83,5 +85,6 @@ def evaluate_config(given: Mapping[str, Any]) -> EvaluateConfig:
     Raises `InputError` for unknown names and wrong values.
     """
     recipe = given.get("recipe", "paper")
+    row = next((row for key, row in EVALUATE.items() if key == recipe), {})
     any_encoder = EvaluateConfig(init=("scratch",))
-    return changed(any_encoder, {"init": (), **EVALUATE.get(recipe, {}), **given})
+    return changed(any_encoder, {"init": (), **row, **given})

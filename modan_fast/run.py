@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from modan_fast import __version__
-from modan_fast.config import SMALLEST_IMAGE, PretrainConfig, to_json
+from modan_fast.config import SMALLEST_IMAGE, PretrainConfig, is_url, to_json
 from modan_fast.encoders import FILE as ENCODER
 from modan_fast.encoders import Encoder, encoder_metadata, save_encoder
 from modan_fast.folder import is_new, read_json, write_json
 from modan_fast.recipes import pretrain_config
-from modan_fast.shards import ShardSet, is_url
+from modan_fast.remote import shown_location
+from modan_fast.shards import ShardSet
 from shard_builder.atomic import replacing
 from shard_builder.settings import InputError
 
@@ -46,9 +47,13 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
         return False
     if resume and written["shards"]["fingerprint"] != shards.fingerprint:
         raise InputError(
-            f"{shards.location} is not the shard set that {run} was started with: name that one with `shards`"
+            f"{shards.shown_location} is not the shard set that {run} was started with: name that one with `shards`"
         )
-    same = _settings(run, written) == config and written["shards"]["fingerprint"] == shards.fingerprint
+    # The fingerprint says whether the set is the same, wherever it lies.
+    same = (
+        replace(_settings(run, written), shards=config.shards) == config
+        and written["shards"]["fingerprint"] == shards.fingerprint
+    )
     done = finished_epochs(run)
     if done >= config.epochs and (resume or same):
         return True
@@ -80,7 +85,8 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
     config = replace(_settings(run, _written(run)), out=run)
     if is_url(config.shards) and "shards" not in given:
         raise InputError(
-            f"{run} was started with `shards={config.shards}`: repeat that to resume it, a recorded URL is not opened"
+            f"{run} was trained on {shown_location(config.shards)}: repeat it with `shards` to resume, a recorded URL "
+            "is not opened"
         )
     if "shards" not in given:
         log.info("shards: %s, as recorded in %s", config.shards, run / CONFIG)
@@ -107,6 +113,7 @@ def begin(
 ) -> None:
     """Write `config.json`; cut the log to the `resumed_at` epochs of the checkpoint, or clear the folder.
 
+    Passwords in the URL of a shard set are left out: run folders are passed on, and a recorded URL is never opened.
     `preprocessing` is the encoder's input, `chosen` the values that automatic settings got on this machine.
     """
     run = config.run
@@ -122,7 +129,7 @@ def begin(
         file.writelines(lines[: resumed_at or 0])
     manifest = shards.manifest
     content = {
-        "settings": to_json(config),
+        "settings": {**to_json(config), "shards": shown_location(config.shards)},
         "chosen": dict(chosen),
         "preprocessing": dict(preprocessing),
         "shards": {
@@ -161,8 +168,9 @@ def save_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
         try:
             torch.save(dict(state), file)
         except RuntimeError as error:
-            # torch's writer hides the system's error behind one of its own.
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(error.__context__, OSError):  # torch's writer hides the system's error behind its own
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:

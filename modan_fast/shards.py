@@ -1,13 +1,18 @@
-"""A shard set, in a folder or behind a URL: its manifest, checked against the files beside it."""
+"""A shard set, in a folder or behind a URL: its manifest, checked against the files beside it; its shards' bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from shard_builder.manifest import NAME, Manifest
+from modan_fast.config import is_url
+from modan_fast.remote import fetch, shown_file, shown_location
+from shard_builder.files import read_regular
+from shard_builder.manifest import MAX_BYTES, NAME, Manifest
 from shard_builder.settings import InputError
 
 
@@ -24,6 +29,11 @@ class ShardSet:
     fingerprint: str
 
     @property
+    def shown_location(self) -> str:
+        """`location` for messages, without passwords."""
+        return shown_location(self.location)
+
+    @property
     def remote(self) -> bool:
         """Whether the set lies behind a URL."""
         return is_url(self.location)
@@ -33,53 +43,59 @@ class ShardSet:
         """The number of samples in each shard."""
         return [shard.samples for shard in self.manifest.shards]
 
-    def shard_url(self, number: int) -> str:
-        """The URL of a shard, numbered in storage order, for the webdataset library."""
-        return url_of(self.location, self.manifest.shards[number].name)
+    def shown(self, number: int) -> str:
+        """Where a shard lies, numbered in storage order, for people."""
+        name = self.manifest.shards[number].name
+        return shown_file(self.location, name) if self.remote else str(Path(self.location) / name)
+
+    def read(self, number: int, stop: threading.Event | None = None) -> bytes:
+        """The bytes of a shard, numbered in storage order; they have the size and SHA-256 that the manifest lists.
+
+        Raises `InputError` if the file is missing, another, or does not arrive, and `CancelledError` soon after `stop`
+        is set.
+        """
+        shard = self.manifest.shards[number]
+        if self.remote:
+            return fetch(self.location, shard.name, most=shard.bytes, sha256=shard.sha256, stop=stop)
+        tar = Path(self.location) / shard.name
+        try:
+            content = read_regular(tar, shard.bytes)
+        except OSError as error:
+            raise InputError(f"{tar} cannot be read ({error.strerror}): {NAME} lists it") from None
+        if hashlib.sha256(content).hexdigest() != shard.sha256:
+            raise InputError(
+                f"{tar} has another SHA-256 than its manifest lists: it is damaged; copy it again or shard the source "
+                "again"
+            )
+        return content
 
 
 def open_shards(location: str | Path) -> ShardSet:
-    """Open a shard set: a folder, or a URL that the webdataset library can open.
+    """Open a shard set: a folder, or a URL.
 
-    A `pipe:` URL is a command that prints a file; `{}` in it stands for the file's name. To any other URL the name is
-    appended. Raises `InputError` if the set is missing, damaged or of another format.
+    http and https are read here, other schemes by the webdataset library. A `pipe:` URL is a command that prints a
+    file; `{}` in it stands for the file's name. To any other URL the name is appended. Raises `InputError` if the set
+    is missing, damaged or of another format.
     """
     location = str(location)
+    if location.startswith("file:"):
+        parts = urlsplit(location)
+        if parts.netloc not in ("", "localhost"):
+            raise InputError(f"`shards={location}` names a file of another machine: pass its folder")
+        location = url2pathname(parts.path)
     if is_url(location):
-        content = _fetched(url_of(location, NAME))
-        manifest = Manifest.parse(content, url_of(location, NAME))
+        content = fetch(location, NAME, most=MAX_BYTES)
+        manifest = Manifest.parse(content, shown_file(location, NAME))
     else:
         folder = Path(location)
-        manifest = Manifest.load(folder)
+        try:
+            content = read_regular(folder / NAME, MAX_BYTES)
+        except OSError:
+            Manifest.load(folder)  # raises `InputError`, which says what is missing
+            raise
+        manifest = Manifest.parse(content, str(folder / NAME))
         manifest.check_files(folder)
-        content = (folder / NAME).read_bytes()
     return ShardSet(location, manifest, hashlib.sha256(content).hexdigest())
-
-
-def is_url(location: str) -> bool:
-    """Whether `location` begins with a URL's scheme; a single letter is a Windows drive."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", location) is not None
-
-
-def url_of(location: str, name: str) -> str:
-    """The URL of the file `name` of the shard set at `location`."""
-    if not is_url(location):
-        return (Path(location).absolute() / name).as_uri()
-    if location.startswith("pipe:"):
-        if "{}" not in location:
-            raise InputError(f"`shards={location}` must have {{}} where the file's name belongs")
-        return location.replace("{}", name)
-    return f"{location.rstrip('/')}/{name}"
-
-
-def _fetched(url: str) -> bytes:
-    from webdataset.gopen import gopen
-
-    try:
-        with gopen(url) as stream:
-            return bytes(stream.read())
-    except Exception as error:  # the library raises anything, and so does the program that it starts
-        raise InputError(f"no shard set at {url}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,6 @@ from modan_fast.loader import Batch
 from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
 from modan_fast.metrics import EpochClock
 
-
 # What each optimiser gathers for a parameter.
 OPTIMIZER_STATE = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
 

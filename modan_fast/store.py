@@ -9,7 +9,6 @@ import logging
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -132,7 +131,7 @@ def open_store(
                         f"`store={tier}`: {error}: leave the setting out, or pass `store=stream`"
                     ) from None
                 log.warning("store: not %s, because %s", TIER_NAMES[candidate], error)
-    log.info("store: streamed from %s", shards.location)
+    log.info("store: streamed from %s", shards.shown_location)
     return Stream(shards, renderer=renderer, batch_size=batch_size, threads=threads, pinned=device.type == "cuda")
 
 
@@ -154,9 +153,8 @@ def read_all(
     pinned = tier == "host" and device.type == "cuda"
     size = samples * canvas**2
     # torch rounds pinned memory up to a power of two.
-    check_room(tier, 1 << (size - 1).bit_length() if pinned else size, device)
-    if not shards.remote:
-        manifest.check_hashes(Path(shards.location), progress)
+    size = 1 << (size - 1).bit_length() if pinned else size
+    check_room(tier, size + samples * manifest.bits, device)
     try:
         pixels = torch.empty(
             (samples, canvas, canvas),

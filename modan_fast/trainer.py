@@ -128,7 +128,7 @@ def check_labels(config: PretrainConfig, shards: ShardSet) -> None:
         what = f"the class {manifest.classes[0]}"
     if what:
         raise InputError(
-            f"all {manifest.samples:,} images of {shards.location} have {what}: {config.method} has nothing to "
+            f"all {manifest.samples:,} images of {shards.shown_location} have {what}: {config.method} has nothing to "
             "distinguish; add images with other labels, or pass `method=simclr`"
         )
 

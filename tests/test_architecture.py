@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOW = [
     "config",
     "recipes",
+    "remote",
     "shards",
     "decode",
     "devices",
@@ -24,7 +25,7 @@ FLOW = [
 FLOW += ["loader", "losses", "encoders", "folder", "run", "metrics", "step", "trainer", "profile", "downstream"]
 FLOW += ["report", "api", "phantom", "demo"]
 SCREEN = {"cli", "__main__"}
-BUILDER = {"shard_builder.atomic", "shard_builder.manifest", "shard_builder.settings"}
+BUILDER = {f"shard_builder.{name}" for name in ("atomic", "files", "manifest", "settings")}
 MODULES = sorted((ROOT / "modan_fast").rglob("*.py"))
 
 

@@ -207,7 +207,7 @@ def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
         ("--momentum", 1, "at least 0 and below 1"),
         ("--weight-decay", "nan", "at least 0"),
         ("--weight-decay", "inf", "at least 0"),
-        ("--seed", 2**63, f"at least 0 and at most {2**63 - 1}"),
+        ("--seed", -1, f"at least 0 and at most {2**63 - 1}"),
         ("--image-size", 1_000_000, "at least 32 and at most 4096"),
         ("--threads", 1_000_000, "at least 1 and at most 1024"),
         ("--temperature", 0, "above 0"),
@@ -215,6 +215,7 @@ def test_settings_that_make_no_sense_are_named(refused, shards, tmp_path):
         ("--augmentation.flip", 2, "at least 0 and at most 1"),
     ]:
         assert f"{option} must be {rule}" in refused(*here, option, value)
+    assert "--seed" in refused(*here, "--seed", 2**63)
     assert "'mocov2' is not one of 'mulsupcon', 'simclr'" in refused(*here, "--method", "mocov2")
     assert "--bach-size" in refused(*here, "--bach-size", 8)
     assert "No such command" in refused("pretrian")

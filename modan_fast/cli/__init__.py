@@ -1,21 +1,34 @@
 """The command line: one function per command; only this package knows typer and rich.
 
-Exit codes: 0 done; 1 it ran and found something wrong; 2 wrong use or bad input; 130 interrupted, state saved.
+Exit codes: 0 done; 1 it ran and found something wrong; 2 wrong use, bad input, or a full disk or memory; 130 stopped by
+Ctrl-C, SIGTERM or SIGHUP: what was finished is kept.
 Everything heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from modan_fast import __version__
 from modan_fast.cli.options import in_options, options_of
-from modan_fast.cli.screen import print_aucs, print_table, show_messages, show_progress, stopped
+from modan_fast.cli.screen import (
+    STOPPED,
+    Stopped,
+    complain,
+    escape_unencodable,
+    print_aucs,
+    print_table,
+    say,
+    show_messages,
+    show_progress,
+    signals_like_ctrl_c,
+    stopped,
+)
 from modan_fast.config import EvaluateConfig, PretrainConfig, ReportConfig, changed
 from modan_fast.recipes import evaluate_config, pretrain_config
 from shard_builder.options import BuildOptions
@@ -35,17 +48,41 @@ CONTINUES = "the same command continues where it was"
 def main() -> None:
     """Run the command in `sys.argv` and exit with its code."""
     debug = "--debug" in sys.argv  # anywhere, also after the command
+    escape_unencodable()
     try:
-        sys.exit(app([each for each in sys.argv[1:] if each != "--debug"], standalone_mode=False))
-    except (InputError, OSError, typer.TyperException, FloatingPointError) as error:
+        with signals_like_ctrl_c():
+            code = app([each for each in sys.argv[1:] if each != "--debug"], standalone_mode=False)
+        if code == STOPPED:  # typer's answer to an interruption
+            raise Stopped("stopped")
+    except (Stopped, KeyboardInterrupt) as error:
+        complain(str(error) or "stopped")
+        code = STOPPED
+    except Exception as error:  # whatever a library raises: a traceback would show the names in files as they are
         if debug:
             raise
-        if isinstance(error, typer.TyperException):
-            message = error.format_message().replace("Value error, ", "") + " (see --help)"
-        else:
-            message = in_options(str(error), app)
-        print(f"modan-fast: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        message, code = explained(error)
+        complain(message)
+    sys.exit(code)
+
+
+def explained(error: BaseException) -> tuple[str, int]:
+    """What an error means to the user, and the exit code."""
+    if isinstance(error, typer.Abort) and error.__cause__:  # how typer hands on an EOFError
+        error = error.__cause__
+    if isinstance(error, typer.TyperException):
+        return error.format_message().replace("Value error, ", "") + " (see --help)", 2
+    if isinstance(error, (InputError, OSError)):
+        return in_options(str(error), app), 2
+    if isinstance(error, FloatingPointError):
+        return in_options(str(error), app), 1
+    # torch: "CUDA out of memory. Tried to …" and "DefaultCPUAllocator: can't allocate memory: …"
+    if isinstance(error, MemoryError) or re.search(r"CUDA out of memory|can't allocate memory", str(error)):
+        advice = "close other programs, or choose smaller settings, such as --batch-size"
+        return f"there is too little memory: {advice} ({str(error) or 'MemoryError'})", 2
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return explained(error.__context__)  # torch hides a full disk behind an error of its own
+    name = type(error).__name__
+    return f"this should not happen: {name}: {error}; please report it with what --debug shows", 1
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
@@ -54,7 +91,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 def print_version(wanted: bool) -> None:
     """The option --version."""
     if wanted:
-        print(f"modan-fast {__version__}")
+        say(f"modan-fast {__version__}")
         raise typer.Exit
 
 
@@ -68,6 +105,9 @@ def modan_fast(
     """Pretrain medical-image encoders from modality and anatomy, and judge them as the paper does.
 
     In this order: modan-fast shard ARCHIVE, modan-fast pretrain, modan-fast evaluate, modan-fast report RESULTS.
+
+    Exit codes: 0 done; 1 it ran and found something wrong; 2 wrong use or bad input; 130 stopped, what was finished
+    is kept.
     """
     show_messages(lambda message: in_options(message, app))
 
@@ -106,22 +146,25 @@ def shard(
     vocabulary = ", ".join(f"{len(values)} of {name}" for name, values in manifest.fields.items())
     what = f"{manifest.samples:,} images of {len(manifest.classes)} classes in {len(manifest.shards)} shards"
     kept = "" if result.built else " (exists, made from files of the same names and sizes: left as it is)"
-    print(f"{out}: {what}; labels: {vocabulary}{kept}")
+    say(f"{out}: {what}; labels: {vocabulary}{kept}")
     found = manifest.options["source"]
     for name, count in found.get("missing", {}).items():
-        print(f"no value of {name}: {count:,} of {found['images']:,} images")
+        say(f"no value of {name}: {count:,} of {found['images']:,} images")
     for name, count in found.get("unknown", {}).items():
-        print(f"unknown value of {name}: {count:,} DICOM files; name it with --map")
+        say(f"unknown value of {name}: {count:,} DICOM files; name it with --map")
     if found.get("names") == "hashed":
         key = given.get("key") or key_beside(out)
-        print(f"names are hashed with {key}: keep it apart from the set")
+        say(f"names are hashed with {key}: keep it apart from the set")
     for rejected in manifest.rejected[:10]:
-        print(f"left out: {rejected.source}: {rejected.reason}")
+        # Names of DICOM files are hashed in all that is kept, so also in a log; the user's own screen may show them.
+        own_screen = sys.stdout.isatty()
+        name = result.hidden.get(rejected.source, rejected.source) if own_screen else rejected.source
+        say(f"left out: {name}: {rejected.reason}")
     if left := len(manifest.rejected):
         reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds(manifest.rejected).items())
-        print(f"left out in all: {left:,} ({reasons}), see {out / 'report.html'}")
+        say(f"left out in all: {left:,} ({reasons}), see {out / 'report.html'}")
     if result.lost:
-        print(f"{result.lost:,} of them because the workers died: try again with --overwrite")
+        say(f"{result.lost:,} of them because the workers died: try again with --overwrite")
         raise typer.Exit(1)
 
 
@@ -140,9 +183,9 @@ def verify(
         found = check(shards, workers=workers, progress=progress)
     if found.damage:
         bad = f" ({len(found.damage)} bad of {found.shards} shards)" if len(found.damage) > 1 else ""
-        print(f"{shards}: damaged: {found.damage[0]}{bad}")
+        say(f"{shards}: damaged: {found.damage[0]}{bad}")
         raise typer.Exit(1)
-    print(f"{shards}: whole: {found.samples:,} images in {found.shards} shards, {found.bytes / 2**20:,.1f} MiB")
+    say(f"{shards}: whole: {found.samples:,} images in {found.shards} shards, {found.bytes / 2**20:,.1f} MiB")
 
 
 @app.command("inspect")
@@ -152,17 +195,17 @@ def inspect_shards(
 ) -> None:
     """List what a shard set holds.
 
-    Its images, labels and classes, and what was left out and why.
+    Counts its images, labels and classes, and what was left out and why.
     """
     from shard_builder.inspect import describe, read_contents
     from shard_builder.sheet import strips, write_sheet
 
     with show_progress() as progress:
         contents = read_contents(shards, progress)
-    print(describe(contents))
+    say(*describe(contents).split("\n"))
     if sheet:
         write_sheet(sheet, list(strips(contents)))
-        print(f"\n{sheet}: images of each modality and anatomy")
+        say("", f"{sheet}: images of each modality and anatomy")
 
 
 @app.command()
@@ -178,7 +221,8 @@ def pretrain(
     """Train an encoder on a shard set.
 
     Writes a run folder: encoder.safetensors (a torchvision ResNet-18 without fc), checkpoint.pt, config.json
-    and log.jsonl. Ctrl-C saves the state; --resume continues from it.
+    and log.jsonl. Ctrl-C saves the state, and so does a scheduler's SIGTERM; --resume continues from it.
+    --config RUN/config.json repeats the settings of another run.
     """
     from modan_fast.run import CHECKPOINT, finished_epochs, settings_for
     from modan_fast.trainer import pretrain as train
@@ -193,9 +237,8 @@ def pretrain(
     except KeyboardInterrupt:
         saved = (settings.run / CHECKPOINT).exists()
         state = f"{settings.run} is saved, --resume continues it" if saved else "nothing was trained yet"
-        print(f"modan-fast: stopped; {state}", file=sys.stderr)
-        raise
-    print(f"{run / 'encoder.safetensors'}: epoch {finished_epochs(run)}")
+        raise Stopped(f"stopped; {state}") from None
+    say(f"{run / 'encoder.safetensors'}: epoch {finished_epochs(run)}")
 
 
 def print_profile(settings: PretrainConfig) -> None:
@@ -204,16 +247,18 @@ def print_profile(settings: PretrainConfig) -> None:
 
     with show_progress() as progress:
         found = profile(settings, progress)
-    table = Table("stage", "ms, alone", "of a step", "runs", title=f"a step of {settings.batch_size} images")
+    rows = []
     for stage, seconds in found.stages.items():
         where = "in the step" if stage in COMPUTE else "in the background"
-        table.add_row(stage, f"{1000 * seconds:.1f}", f"{seconds / found.step:.0%}", where)
-    table.add_row(
-        "wait", f"{1000 * found.waits * found.step:.1f}", f"{found.waits:.0%}", "in the step", end_section=True
+        rows.append([stage, f"{1000 * seconds:.1f}", f"{seconds / found.step:.0%}", where])
+    rows.append(["wait", f"{1000 * found.waits * found.step:.1f}", f"{found.waits:.0%}", "in the step"])
+    print_table(
+        f"a step of {settings.batch_size} images",
+        ["stage", "ms, alone", "of a step", "runs"],
+        rows,
+        total=["a step in training", f"{1000 * found.step:.1f}", "100%"],
     )
-    table.add_row("a step in training", f"{1000 * found.step:.1f}", "100%")
-    print_table(table)
-    print(in_options(found.verdict, app))
+    say(in_options(found.verdict, app))
 
 
 @app.command()
@@ -248,7 +293,7 @@ def report(
 
     with stopped("the same command starts again"), show_progress() as progress:
         page = write_report(results, changed(ReportConfig(), given), progress)
-    print(f"{page}: its tables and figures are in {page.parent / 'tables'} and {page.parent / 'figures'}")
+    say(f"{page}: its tables and figures are in {page.parent / 'tables'} and {page.parent / 'figures'}")
 
 
 @app.command()
@@ -267,18 +312,21 @@ def demo(
     with stopped(CONTINUES), show_progress() as progress:
         made = run(out, overwrite=overwrite, progress=progress)
     print_aucs(made.results, auc_table(made.results))
-    print(f"""
-These figures say nothing about medicine: the images are synthetic, and the training is too short to move them much.
-What was made:
-  {made.archive}: images in folders MODALITY/anatomy/class    {made.task}: a lesion task with its folds
-  {made.shards}: the images as WebDataset shards    {made.run}: log, checkpoint and encoder
-  {made.results}: predictions and times
-  {made.contact_sheet}: images beside their two views    {made.embedding}: the encoder before and after
-
-The same with your own images:
-  modan-fast shard /data/RadImageNet
-  modan-fast pretrain --method mulsupcon
-  modan-fast evaluate --task /data/breast --init runs/mulsupcon --init scratch""")
+    say(
+        "",
+        "These figures say nothing about medicine: the images are synthetic, and the training is too short to move "
+        "them much.",
+        "What was made:",
+        f"  {made.archive}: images in folders MODALITY/anatomy/class    {made.task}: a lesion task with its folds",
+        f"  {made.shards}: the images as WebDataset shards    {made.run}: log, checkpoint and encoder",
+        f"  {made.results}: predictions and times",
+        f"  {made.contact_sheet}: images beside their two views    {made.embedding}: the encoder before and after",
+        "",
+        "The same with your own images:",
+        "  modan-fast shard /data/RadImageNet",
+        "  modan-fast pretrain --method mulsupcon",
+        "  modan-fast evaluate --task /data/breast --init runs/mulsupcon --init scratch",
+    )
 
 
 @app.command()
@@ -301,23 +349,22 @@ def phantom(
         images = phantom_archive(
             out, per_class=per_class, size=size, seed=seed, workers=workers, progress=progress
         )
-    print(f"{out}: {images:,} synthetic images; modan-fast shard {out} packs them")
+    say(f"{out}: {images:,} synthetic images; modan-fast shard {out} packs them")
 
 
 @app.command()
 def doctor() -> None:
     """Show what this machine offers.
 
-    And what modan-fast does on it by default.
+    Lists the hardware and the installed versions, and what modan-fast does with them by default.
     """
     from modan_fast.devices import unusable_gpu
     from modan_fast.doctor import examine
 
     found, follows = examine()
     for name, finding in found:
-        print(f"{name:14} {finding}")
-    print()
-    print("\n".join(follows))
+        say(f"{name:14} {finding}")
+    say("", *follows)
     if problem := unusable_gpu():
-        print(f"\nproblem: {in_options(problem, app)}")
+        say("", f"problem: {in_options(problem, app)}")
         raise typer.Exit(1)

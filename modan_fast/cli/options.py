@@ -113,18 +113,19 @@ def options_of(dataclass_type: type) -> Callable[[Command], Command]:
         default=None,
         annotation=Annotated[
             Path | None,
-            typer.Option(help="YAML or JSON file of settings, such as a run's config.json; options win over it."),
+            typer.Option(help="YAML or JSON file of settings; options win over it."),
         ],
     )
 
     def decorate(command: Command) -> Command:
         def called(config: Path | None = None, **arguments: Any) -> Any:
-            given = read_settings(config, dataclass_type) if config else {}
+            named = {}
             for setting in settings:
                 value = arguments.pop(setting.parameter)
                 if value is not None and value != []:
-                    given[setting.name] = setting.parsed(value)
-            return command(given=given, **arguments)
+                    named[setting.name] = setting.parsed(value)
+            recorded = read_settings(config, dataclass_type, named) if config else {}
+            return command(given={**recorded, **named}, **arguments)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [

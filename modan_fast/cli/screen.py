@@ -1,45 +1,111 @@
-"""What a command shows: progress bars or lines, messages, warnings and tables."""
+"""What a command shows: results, errors, progress bars or lines, messages, warnings and tables; and what stops it.
+
+Names in files may come from strangers: all text is made `printable` here, and no other module of the package prints.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
-from shard_builder.settings import Progress
+from shard_builder.settings import Progress, printable
 
 screen = Console(stderr=True)
 COLUMNS = (
-    TextColumn("{task.description}"),
+    TextColumn("{task.description}", markup=False),
     BarColumn(),
     MofNCompleteColumn(),
     TimeElapsedColumn(),
     TextColumn("eta"),
     TimeRemainingColumn(),
-    TextColumn("{task.fields[note]}"),
+    TextColumn("{task.fields[note]}", markup=False),
 )
 FIRST_LINE, NEXT_LINE = 2, 30  # seconds after which a stage prints a line where there is no terminal
+TELLS_A_RESULT = "pretraining"  # the stage whose last line is printed however short it was: it names the loss
+STOPPED = 130  # exit code
+
+
+class Stopped(Exception):  # noqa: N818 - nothing is wrong
+    """The user or the system stopped the command; the message says what becomes of the work."""
 
 
 @contextmanager
 def stopped(message: str) -> Iterator[None]:
-    """On Ctrl-C, print what becomes of the work that is done."""
+    """Turn an interruption into `Stopped`, with what becomes of the work that is done."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"modan-fast: stopped; {message}", file=sys.stderr)
-        raise
+        raise Stopped(f"stopped; {message}") from None
+
+
+@contextmanager
+def signals_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM (a scheduler) and SIGHUP (a lost connection) interrupt as Ctrl-C does.
+
+    Schedulers send them several times: the first one counts, so that the cleaning up is left in peace. A signal that is
+    ignored stays so: that is how `nohup` keeps a command alive.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    changed = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in changed:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in changed:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def escape_unencodable() -> None:
+    """Let stdout and stderr write escapes for characters that their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(*lines: str) -> None:
+    """Print results, a line each."""
+    _print_result("\n".join(map(printable, lines)))
+
+
+def _print_result(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # `| head -1` has read enough. The work goes on, and its exit code tells how it ended.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(message: str) -> None:
+    """Print why a command ended, in one line on stderr."""
+    _print_aside(f"modan-fast: {' '.join(message.split())}")
+
+
+def _print_aside(text: str) -> None:
+    with suppress(OSError):  # a lost terminal or a full log is no reason to stop the work
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -49,66 +115,107 @@ def show_progress() -> Iterator[Progress]:
         yield _lines()
         return
     tasks: dict[str, Any] = {}
-    with Bars(*COLUMNS, console=screen) as bars:
+    bars = Bars(*COLUMNS, console=screen)
+    lost_terminal = suppress(OSError)  # no reason to stop the work
 
-        def show(stage: str, done: int, total: int, note: str = "") -> None:
+    def show(stage: str, done: int, total: int, note: str = "") -> None:
+        note = printable(note)
+        with lost_terminal:
             if stage not in tasks:
                 # Work done before a run was resumed says nothing about its speed.
-                tasks[stage] = bars.add_task(stage, total=total, completed=done, note=note)
+                tasks[stage] = bars.add_task(printable(stage), total=total, completed=done, note=note)
             bars.update(tasks[stage], total=total, completed=done, note=note)
 
+    with lost_terminal:
+        bars.start()
+    try:
         yield show
+    finally:
+        with lost_terminal:
+            bars.stop()
+
+
+@dataclass
+class _Stage:
+    """A stage that is shown in lines: when it began, with how much done, and when its next line is due."""
+
+    since: float
+    first: int
+    due: float
+    done: int
+    ended: bool = False
 
 
 def _lines() -> Progress:
-    """A `Progress` that prints lines."""
-    begun: dict[str, tuple[float, int]] = {}
-    printed: dict[str, float] = {}
+    """A `Progress` that prints lines: some while a stage runs, and one at its end. A short stage has none."""
+    stages: dict[str, _Stage] = {}
 
     def show(stage: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        since, first_done = begun.setdefault(stage, (now, done))
-        wait = NEXT_LINE if stage in printed else FIRST_LINE
-        if now - printed.get(stage, since) < wait and done < total:
+        if stage not in stages or done < stages[stage].done:  # it begins, perhaps for another time
+            stages[stage] = _Stage(now, done, now + FIRST_LINE, done)
+        at = stages[stage]
+        at.done, ended_before, at.ended = done, at.ended, done >= total
+        took = now - at.since
+        if at.ended:
+            if ended_before or (took < FIRST_LINE and stage != TELLS_A_RESULT):
+                return
+            ending = f"{took:.1f} s"
+        elif now >= at.due:
+            at.due = now + NEXT_LINE
+            ending = f"eta {took / max(done - at.first, 1) * (total - done):.0f} s"
+        else:
             return
-        printed[stage] = now
-        left = (now - since) / max(done - first_done, 1) * (total - done)
-        ending = f"eta {left:.0f} s" if done < total else f"{now - since:.1f} s"
-        print(f"{stage} {done}/{total}, {ending}  {note}".rstrip(), file=sys.stderr, flush=True)
+        _print_aside(f"{stage} {done}/{total}, {ending}  {note}".rstrip())
 
     return show
 
 
 class _Formatter(logging.Formatter):
-    """Passes each message through `rewrite`."""
+    """Passes each message through `rewrite`, and makes it one line."""
 
     def __init__(self, rewrite: Callable[[str], str]) -> None:
         super().__init__("%(message)s")
         self.rewrite = rewrite
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.rewrite(super().format(record))
+        return printable(self.rewrite(super().format(record)))
 
 
 def show_messages(rewrite: Callable[[str], str]) -> None:
     """Show the package's own log, and warnings of others, on the screen; `rewrite` changes each message."""
-    handler = RichHandler(console=screen, show_time=False, show_path=False, show_level=screen.is_terminal)
-    handler.setFormatter(_Formatter(rewrite))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    handler = RichHandler(console=screen, show_time=False, show_path=False)
+    # Into a file a message is one line, however long.
+    chosen: logging.Handler = handler if screen.is_terminal else logging.StreamHandler()
+    chosen.setFormatter(_Formatter(rewrite))
+    logging.basicConfig(level=logging.WARNING, handlers=[chosen])
+    logging.captureWarnings(True)
     logging.getLogger("modan_fast").setLevel(logging.INFO)
 
 
-def print_table(table: Table) -> None:
-    """Print a table as wide as the terminal, and 120 columns wide into a file."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()
+) -> None:
+    """Print a table as wide as the terminal, and 120 columns wide into a file; `total` is a last row, set apart."""
+    # As `Text` a name with brackets is no markup.
+    table = Table(*columns, title=Text(printable(title), "table.title"))
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    if total:
+        table.add_section()
+        table.add_row(*(Text(printable(cell)) for cell in total))
     console = Console()
-    Console(width=None if console.is_terminal else 120).print(table)
+    console = Console(width=None if console.is_terminal else 120)
+    with console.capture() as captured:
+        console.print(table)
+    _print_result(captured.get().removesuffix("\n"))
 
 
 def print_aucs(results: Path, rows: Iterable[Any]) -> None:
     """Print the AUC table of a results folder, with a dash for what cannot be computed."""
-    table = Table("task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI", title=escape(str(results)))
+    cells = []
     for row in rows:
         interval = "–" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
-        numbers = ("–" if row.mean is None else f"{row.mean:.3f}", interval)
-        table.add_row(escape(row.task), row.recipe, row.protocol, escape(row.init), str(row.repeats), *numbers)
-    print_table(table)
+        mean = "–" if row.mean is None else f"{row.mean:.3f}"
+        cells.append([row.task, row.recipe, row.protocol, row.init, str(row.repeats), mean, interval])
+    print_table(str(results), ["task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI"], cells)

@@ -20,7 +20,7 @@ from modan_fast.devices import compute_type as compute_type_of
 from modan_fast.downstream import finetune, leaks, probe
 from modan_fast.downstream.inits import Init, load_inits
 from modan_fast.downstream.metrics import auc
-from modan_fast.downstream.results import Experiment, Results
+from modan_fast.downstream.results import Experiment, Results, own_file, own_folder
 from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task, write_folds
 from modan_fast.encoders import Encoder
 from modan_fast.folder import check_writable, locked
@@ -45,9 +45,11 @@ def evaluate(config: EvaluateConfig, progress: Progress = no_progress) -> list[t
     """
     config = config.resolved()
     check_writable(config.out)
+    for name in ("predictions.csv", "curves.csv", "runs.json"):
+        own_file(config.out / name)
     device = pick_device(config.device)
     compute_type = compute_type_of(config.precision, device)
-    folds = config.out / "folds" / config.task.resolve().name
+    folds = own_folder(own_folder(config.out / "folds") / config.task.resolve().name)
     task = read_task(config.task, folds=folds, seed=config.seed, group=config.group, positive=config.positive)
     inits = load_inits(config, Results.open(config.out).runs["inits"])
     settings = {**{name: getattr(config, name) for name in SHAPING}, "precision": PRECISIONS[compute_type]}

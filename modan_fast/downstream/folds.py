@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import re
-from collections.abc import Iterator
+import reprlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +25,8 @@ IMAGE_COLUMNS = ("filename", "img_dir")
 LABEL_COLUMNS = ("label", "acl_label")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 MASK = re.compile(r"_mask(_\d+)?$")  # BUSI has the outline of a lesion beside its image
+LONGEST_PATH = 4096  # characters; no system has longer ones
+SEARCH_SECONDS = 20
 LABELS = {"benign": 0, "normal": 0, "no": 0, "0": 0, "malignant": 1, "yes": 1, "1": 1}  # by class name
 
 ImagesBySplit = dict[tuple[str, int], list[str]]
@@ -57,6 +64,7 @@ def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, 
         if not classes or (key[0] != "val" and len(classes) < 2):
             found = "no image" if not classes else "one class only"
             raise InputError(f"{path} has {found}: both classes are needed to train and to test")
+    _find_patients(listing, group)
     return listing, images_by_split
 
 
@@ -73,9 +81,11 @@ def _add(listing: Listing, folder: Path, row: _Row, group: str | None) -> None:
     """Add a row to the listing; raise `InputError` if it contradicts an earlier one or names no image."""
     where, image, word, patient = row
     label = LABELS[word]
-    if PurePosixPath(image).is_absolute() or ".." in PurePosixPath(image).parts:
+    if Path(image).anchor or ".." in Path(image).parts:
         raise InputError(f"{where}: {image} lies outside the task folder: paths are relative to it")
-    if image not in listing.labels and not (folder / image).is_file():
+    # A link may lead anywhere, as in data sets that are trees of links; but what has no end, or waits for a writer, is
+    # no regular file.
+    if image not in listing.labels and not os.path.isfile(folder / image):
         raise InputError(f"{where}: there is no image {image} in {folder}")
     if listing.labels.setdefault(image, label) != label:
         raise InputError(f"{where}: {image} has another label than at {listing.sources[image]}")
@@ -84,7 +94,8 @@ def _add(listing: Listing, folder: Path, row: _Row, group: str | None) -> None:
     if group is not None:
         if patient is not None and not patient.strip():
             raise InputError(f"{where}: the column {group} is empty: name the patient of each image")
-        listing.patients[image] = patient or _patient(group, image, where)
+        if patient is not None:
+            listing.patients[image] = patient
 
 
 def class_folders(folder: Path, group: str | None, positive: str | None) -> Listing:
@@ -94,11 +105,15 @@ def class_folders(folder: Path, group: str | None, positive: str | None) -> List
     """
     if not folder.is_dir():
         raise InputError(f"no task at {folder}: name a folder with `task`")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = [path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith(".")]
+    for path in classes:
+        if path.resolve() in (whole := folder.resolve(), *whole.parents):
+            raise InputError(f"{path} is a link to a folder around it: replace it by a folder of images")
+    names = sorted(path.name for path in classes)
     positives = _positives(folder, names, positive)
     listing = Listing(words={0: set(names) - positives, 1: positives})
     for path in sorted(folder.glob("*/**/*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not MASK.search(path.stem):
+        if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path) and not MASK.search(path.stem):
             image = path.relative_to(folder).as_posix()
             if not image.isprintable() or image != image.encode(errors="replace").decode():
                 raise InputError(f"{folder}: {image!a} is no name that a fold file can hold: rename it")
@@ -106,8 +121,7 @@ def class_folders(folder: Path, group: str | None, positive: str | None) -> List
             if name in names:
                 listing.labels[image] = int(name in positives)
                 listing.sources[image] = str(folder)
-                if group is not None:
-                    listing.patients[image] = _patient(group, image, str(folder))
+    _find_patients(listing, group)
     return listing
 
 
@@ -160,12 +174,42 @@ def make_folds(folder: Path, listing: Listing, seed: int) -> ImagesBySplit:
     return images_by_split
 
 
-def _patient(group: str, image: str, where: str) -> str:
-    """The patient that the regular expression `group` finds in an image's path."""
-    match = re.search(group, image)
-    if match is None:
-        raise InputError(f"{where}: `group={group}` is no column, and finds nothing in {image}")
-    return str(match[1] if match.re.groups else match[0])
+def _find_patients(listing: Listing, group: str | None) -> None:
+    """Add the patients that the regular expression `group` finds in the paths of images that have none.
+
+    Raises `InputError` where it finds nothing, and if it takes longer than `SEARCH_SECONDS`.
+    """
+    images = [image for image in listing.labels if image not in listing.patients]
+    if group is None or not images:
+        return
+    # In a process of its own: a search such as that of (a+)+$ may take longer than anybody lives.
+    command, question = [sys.executable, "-I", "-c", SEARCH], json.dumps([group, images])
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, input=question, capture_output=True, text=True, timeout=SEARCH_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"`group={group}` takes over {SEARCH_SECONDS} seconds to search {len(images):,} paths: name a simpler one"
+        ) from None
+    if done.returncode:
+        raise InputError(
+            f"`group={group}` cannot be searched for ({done.stderr.strip()[-200:]}): name a simpler one"
+        )
+    for image, patient in zip(images, json.loads(done.stdout), strict=True):
+        if not patient:
+            raise InputError(
+                f"{listing.sources[image]}: `group={group}` is no column, and finds nothing in {image}"
+            )
+        listing.patients[image] = patient
+
+
+SEARCH = """
+import json, re, sys
+group, images = json.load(sys.stdin)
+found = map(re.compile(group).search, images)
+json.dump([match and match[1 if match.re.groups else 0] for match in found], sys.stdout)
+"""
 
 
 def _fold_files(frames: Path) -> dict[tuple[str, int], Path]:
@@ -174,7 +218,9 @@ def _fold_files(frames: Path) -> dict[tuple[str, int], Path]:
     for split in SPLITS:
         for fold in range(1, FOLDS + 1):
             wanted = f"{split}_fold{fold}.csv"
-            found = sorted(path for path in frames.iterdir() if path.name.endswith(wanted))
+            found = sorted(
+                path for path in frames.iterdir() if path.name.endswith(wanted) and os.path.isfile(path)
+            )
             if len(found) != 1:
                 names = " and ".join(path.name for path in found) or "none"
                 raise InputError(f"{frames} must have one file *{wanted}, found {names}")
@@ -193,16 +239,22 @@ def _rows(path: Path, group: str | None) -> Iterator[_Row]:
             if image_column is None or label_column is None:
                 raise InputError(
                     f"{path}, line 1: needs a column {' or '.join(IMAGE_COLUMNS)} and a column "
-                    f"{' or '.join(LABEL_COLUMNS)}, has {', '.join(columns) or 'none'}"
+                    f"{' or '.join(LABEL_COLUMNS)}, has {_listed(columns)}"
                 )
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 image, label = (row[image_column] or "").strip(), (row[label_column] or "").strip()
-                if not image or not image.isprintable():
+                if not image or not image.isprintable() or len(image) > LONGEST_PATH:
                     raise InputError(f"{where}: names no image")
                 if label.lower() not in LABELS:
-                    raise InputError(f"{where}: label {label!r} is none of {', '.join(LABELS)}")
+                    raise InputError(f"{where}: label {reprlib.repr(label)} is none of {', '.join(LABELS)}")
                 patient = row.get(group) if group else None
                 yield _Row(where, re.sub(r"^(\./)+", "", image), label.lower(), patient)
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path} is no CSV file in UTF-8 ({error})") from error
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Some of the names of columns."""
+    shown = ", ".join(name[:40] for name in names[:10])
+    return f"{shown}{', …' if len(names) > 10 else ''}" if names else "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from modan_fast.config import EvaluateConfig, Stem
 from modan_fast.downstream.tasks import FoldRun
 from modan_fast.encoders import (
+    TORCHVISION,
     Encoder,
     encoder_file,
     encoder_metadata,
@@ -27,7 +29,6 @@ from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)
 
-TORCHVISION = Path("torchvision")  # the recorded path of ImageNet's weights if no file was named
 WITHOUT_RUN = ("scratch", "imagenet")
 
 
@@ -64,13 +65,16 @@ class Init:
             "sha256": self.sha256,
         }
         run = self.path.parent / "config.json"
-        return {**record, "shards": read_json(run).get("shards")} if run.is_file() else record
+        if not os.path.isfile(run):
+            return record
+        shards = read_json(run).get("shards")
+        return {**record, "shards": shards if isinstance(shards, dict) else None}
 
 
 def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
     """Load the inits of `config`; `known` are those that the results folder has already, by name.
 
-    Raises `InputError` for a missing or unusable file, and for weights that are not finite.
+    Raises `InputError` for a missing or unusable file, for weights that are not finite, and for names of two lines.
     """
     paths = {text: encoder_file(Path(text).resolve()) for text in config.init if text not in WITHOUT_RUN}
     files = {text: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for text, path in paths.items()}
@@ -84,6 +88,9 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
         else:
             init = _from_file(_name(text, files, known), *files[text])
         inits[init.name] = init
+    for name in inits:
+        if not name.isprintable():
+            raise InputError(f"{name} is no name that the tables can hold: rename it")
     return list(inits.values())
 
 
@@ -110,14 +117,14 @@ def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> 
             stem,
         )
     weights = imagenet_weights(path)
-    digest = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
-    return Init("imagenet", stem, encoder.weights, path or TORCHVISION, digest)
+    digest = hashlib.sha256()
+    for name in sorted(weights):  # as bytes, because numpy has no bfloat16
+        digest.update(weights[name].detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return Init("imagenet", stem, encoder.weights, path or TORCHVISION, digest.hexdigest())
 
 
 def _from_file(name: str, path: Path, sha256: str) -> Init:
     encoder = load_encoder(path)
-    if not all(tensor.isfinite().all() for tensor in encoder.weights.values()):
-        raise InputError(f"{path} holds weights that are not finite: its pretraining diverged")
     return Init(name, encoder.stem, encoder.weights, path, sha256, _method(path))
 
 
@@ -147,7 +154,8 @@ def _short_name(path: Path) -> str:
 def _method(path: Path) -> str | None:
     """How the encoder in a file was pretrained: from its run's config.json, else from the file's own metadata."""
     run = path.parent / "config.json"
-    if run.is_file():
-        settings = read_json(run).get("settings")
-        return settings.get("method") if isinstance(settings, dict) else None
-    return encoder_metadata(path).get("method")
+    if not os.path.isfile(run):
+        return encoder_metadata(path).get("method")
+    settings = read_json(run).get("settings")
+    method = settings.get("method") if isinstance(settings, dict) else None
+    return method if isinstance(method, str) else None

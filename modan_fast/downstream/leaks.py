@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from modan_fast.downstream.tasks import Task
 from modan_fast.folder import write_text
+from shard_builder.settings import InputError
 
 ENDING = "-leakage.csv"  # after the task's name, in the results folder
 
@@ -58,9 +60,14 @@ def update_leaks(task: Task, path: Path) -> list[Leak]:
 
 
 def read_leaks(path: Path) -> list[Leak]:
-    """The leaks in a file that `update_leaks` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None)]
+    """The leaks in a file that `update_leaks` wrote. Raises `InputError` if it is damaged."""
+    try:
+        if not os.path.isfile(path):
+            raise ValueError("no file")
+        with path.open(encoding="utf-8", newline="") as file:
+            return [Leak(int(fold), *rest) for fold, *rest in islice(csv.reader(file), 1, None)]
+    except (ValueError, TypeError, csv.Error, OSError) as error:
+        raise InputError(f"{path} is no list of leaks: remove it, the same evaluation again writes it") from error
 
 
 def describe(found: Iterable[Leak]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from modan_fast.downstream.results import COLUMNS, Experiment, Results
+from modan_fast.downstream.results import COLUMNS, Experiment, Results, key_of
 from modan_fast.downstream.tasks import FoldRun
 from shard_builder.settings import InputError
+
+MOST_EXPERIMENTS = 1000  # in one report
 
 
 class Outcome(NamedTuple):
@@ -31,6 +34,8 @@ def read_predictions(path: Path) -> Predictions:
     """The content of a predictions.csv, in its order. Raises `InputError` if it is missing or a line is damaged."""
     found: dict[Experiment, dict[FoldRun, tuple[list[int], list[float]]]] = {}
     try:
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} is no regular file: replace it by a copy")
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
             if tuple(next(reader, ())) != COLUMNS:
@@ -38,8 +43,10 @@ def read_predictions(path: Path) -> Predictions:
             for row in reader:
                 try:
                     *key, repeat, fold, _, label, score = row
-                    fold_runs = found.setdefault(Experiment(*key), {})
-                    labels, scores = fold_runs.setdefault(FoldRun(int(repeat), int(fold)), ([], []))
+                    experiment, fold_run = key_of(key, repeat, fold)
+                    if label not in ("0", "1"):
+                        raise ValueError("no label")
+                    labels, scores = found.setdefault(experiment, {}).setdefault(fold_run, ([], []))
                     labels.append(int(label))
                     scores.append(float(score))
                 except (TypeError, ValueError) as error:
@@ -48,6 +55,10 @@ def read_predictions(path: Path) -> Predictions:
                     ) from error
     except OSError as error:
         raise InputError(f"no predictions at {path} ({error.strerror}): run an evaluation first") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no CSV file in UTF-8 ({error}): choose another results folder") from error
+    if len(found) > MOST_EXPERIMENTS:
+        raise InputError(f"{path} has {len(found):,} experiments, over {MOST_EXPERIMENTS:,}: divide it")
     return {
         experiment: {
             fold_run: Outcome(np.array(labels), np.array(scores))
@@ -64,10 +75,10 @@ def read_finished(folder: Path) -> tuple[Predictions, int]:
     all repeats count as finished. Raises `InputError` if none is finished, and as `read_predictions`.
     """
     predictions = read_predictions(folder / "predictions.csv")
-    tasks = Results.open(folder).runs["tasks"] if (folder / "runs.json").exists() else {}
+    tasks = Results.open(folder).runs["tasks"] if os.path.lexists(folder / "runs.json") else {}
     finished: dict[Experiment, dict[FoldRun, Outcome]] = {}
     for experiment, fold_runs in predictions.items():
-        test_images = tasks.get(experiment.task, {}).get("test_images", ())
+        test_images = tasks.get(experiment.task, {}).get("test_images") or ()
         repeats = {
             repeat
             for repeat in {fold_run.repeat for fold_run in fold_runs}

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modan_fast.config import to_json
+from modan_fast.config import Protocol, Recipe, Stem, changed, to_json
 from modan_fast.downstream.tasks import FoldRun, Task
 from modan_fast.folder import is_new, read_json, write_json
 from modan_fast.recipes import evaluate_config
@@ -41,14 +43,92 @@ COLUMNS = (*Experiment._fields, "repeat", "fold", "image", "label", "score")
 CURVE_COLUMNS = (*Experiment._fields, "repeat", "fold", "epoch", "val_loss")
 
 
+def key_of(names: Sequence[str], repeat: str, fold: str) -> tuple[Experiment, FoldRun]:
+    """The first columns of a line as its experiment and fold run. Raises TypeError or ValueError for other values."""
+    experiment, fold_run = Experiment(*names), FoldRun(int(repeat), int(fold))
+    known = experiment.recipe in get_args(Recipe) and experiment.protocol in get_args(Protocol)
+    if not known or fold_run.repeat < 1 or fold_run.fold < 1:
+        raise ValueError("no experiment of this program")
+    return experiment, fold_run
+
+
+def own_file(path: Path) -> Path:
+    """`path`, a file of an output folder. Raises `InputError` if it is a link, or waits for a writer, as a FIFO does.
+
+    What is appended to a link changes a file elsewhere, which whoever made the folder chose.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is no regular file: replace it by a copy, or choose another folder with `out`")
+    return path
+
+
+def own_folder(path: Path) -> Path:
+    """`path`, a folder in an output folder, which may be missing. Raises `InputError` if it is a link or a file."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path} is a link, or no folder: remove it, or choose another folder with `out`")
+    return path
+
+
 def recorded_settings(runs: Mapping[str, Any], recipe: str) -> dict[str, Any]:
     """The settings that runs.json records for a recipe.
 
     Settings that are not recorded, because an earlier version wrote the file, have the recipe's values. Raises
-    `InputError` for an unknown recipe.
+    `InputError` for an unknown recipe, and for settings that are none.
     """
     defaults = evaluate_config({"recipe": recipe, "init": ["scratch"]}).resolved()
-    return {**to_json(defaults), **runs["settings"].get(recipe, {})}
+    return to_json(changed(defaults, runs["settings"].get(recipe, {})))
+
+
+# What the fields of runs.json may be: a type, or some words. Those with a ? may be missing.
+Kinds = Mapping[str, Any]
+RUNS: Kinds = {"settings": dict, "tasks": dict, "inits": dict, "times": list, "versions?": dict}
+TASK: Kinds = {"path?": str, "sha256?": str, "images?": int, "positive?": str, "test_images?": list}
+INIT: Kinds = {
+    **{"kind": str, "method?": str, "path?": str, "stem?": get_args(Stem), "sha256?": str},
+    **{"shards?": dict},
+}
+TIME: Kinds = {
+    **{"task": str, "init": str, "recipe": str, "protocol": get_args(Protocol), "device?": str},
+    **{"cells": int, "images?": int, "seconds": float, "seconds_per_epoch": float},
+}
+
+
+def _check_runs(runs: dict[str, Any], path: Path) -> None:
+    """Raise `InputError` that names the first part of a runs.json that is of a wrong type."""
+
+    def check(where: str, value: Any, kind: Any) -> None:
+        if isinstance(kind, tuple):
+            right = value in kind
+        elif kind in (int, float):
+            # Below 2**63, because a larger integer may be no float.
+            right = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 <= value < 2**63
+        else:
+            right = isinstance(value, kind)
+        if not right:
+            raise InputError(f"{path}: {where} cannot be {reprlib.repr(value)}: restore the file")
+
+    def check_fields(where: str, value: Any, kinds: Kinds) -> None:
+        check(where, value, dict)
+        for field, kind in kinds.items():
+            name = field.rstrip("?")
+            if value.get(name) is not None or name == field:
+                check(f"{where} {name}".strip(), value.get(name), kind)
+
+    check_fields("", runs, RUNS)
+    for name, settings in runs["settings"].items():
+        check(f"settings {name[:40]}", settings, dict)
+    for name, task in runs["tasks"].items():
+        check_fields(f"task {name[:40]}", task, TASK)
+        for count in task.get("test_images") or ():
+            check(f"task {name[:40]} test_images", count, int)
+    for name, init in runs["inits"].items():
+        check_fields(f"init {name[:40]}", init, INIT)
+    for number, line in enumerate(runs["times"]):
+        check_fields(f"times {number}", line, TIME)
+    try:
+        json.dumps(runs, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path} holds text that is no text ({error.reason}): restore the file") from error
 
 
 @dataclass(frozen=True)
@@ -62,9 +142,11 @@ class Results:
     def open(cls, folder: Path) -> Results:
         """Open a results folder, or one that does not exist yet; nothing is written.
 
-        Raises `InputError` if the folder holds anything else.
+        Raises `InputError` if the folder holds anything else, and if a part of runs.json is of a wrong type.
         """
         path = folder / "runs.json"
+        if os.path.lexists(path) and not os.path.isfile(path):
+            raise InputError(f"{path} is no regular file: restore it, or choose another folder with `out`")
         if not path.exists():
             if (folder / "predictions.csv").exists():
                 raise InputError(
@@ -76,8 +158,10 @@ class Results:
         runs = read_json(path)
         if runs.get("format") != FORMAT:
             raise InputError(
-                f"{path} has format {runs.get('format')}, this version reads {FORMAT}: use the version that wrote it"
+                f"{path} has format {reprlib.repr(runs.get('format'))}, this version reads {FORMAT}: use the version "
+                "that wrote it"
             )
+        _check_runs(runs, path)
         return cls(folder, runs)
 
     @property
@@ -104,7 +188,7 @@ class Results:
             "positive": task.positive,
             "test_images": [len(fold.test) for fold in task.folds],
         }
-        if self.runs["tasks"].setdefault(task.name, record)["sha256"] != task.sha256:
+        if self.runs["tasks"].setdefault(task.name, record).get("sha256") != task.sha256:
             raise InputError(
                 f"{self.folder} was made with other images or folds of task {task.name}: "
                 "choose another folder with `out`"
@@ -183,7 +267,8 @@ class Results:
             line = {**key, "cells": 0, "images": 0, "seconds": 0.0}
             times.append(line)
         line["cells"] += len(fold_runs)
-        line["images"] += epochs * sum(len(task.fold_of(fold_run).train) for fold_run in fold_runs)
+        images = epochs * sum(len(task.fold_of(fold_run).train) for fold_run in fold_runs)
+        line["images"] = (line.get("images") or 0) + images
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
@@ -194,16 +279,20 @@ def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Experiment, F
 
     An unfinished last line is left out. Raises `InputError` for a damaged line and for other columns than `columns`.
     """
-    content = path.read_bytes() if path.exists() else b""
+    content = path.read_bytes() if os.path.isfile(path) else b""
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     if lines and lines[0] != _line(columns):
         raise InputError(f"{path} was written by another program: choose another folder with `out`")
     keys = []
-    for number, row in enumerate(csv.reader(line.decode(errors="replace") for line in lines[1:]), start=2):
-        try:
-            keys.append((Experiment(*row[:4]), FoldRun(int(row[4]), int(row[5]))))
-        except (IndexError, TypeError, ValueError) as error:
-            raise _damaged(path, number) from error
+    try:
+        for row in csv.reader((line.decode() for line in lines[1:]), strict=True):
+            if len(row) != len(columns):
+                raise ValueError("another number of columns")
+            keys.append(key_of(row[:4], row[4], row[5]))
+        if len(keys) != len(lines[1:]):
+            raise ValueError("a line break within quotation marks")
+    except (csv.Error, TypeError, ValueError) as error:
+        raise _damaged(path, len(keys) + 2) from error
     return keys, lines
 
 
@@ -226,7 +315,7 @@ def _keep(
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Append rows to a CSV file, to a new one after its header, and flush them to the disk."""
-    with path.open("ab") as file:
+    with own_file(path).open("ab") as file:
         if not file.tell():
             file.write(_line(columns))
         file.write(b"".join(map(_line, rows)))

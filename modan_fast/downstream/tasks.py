@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -27,6 +30,12 @@ from modan_fast.downstream.folds import (
 )
 from shard_builder.atomic import new_folder
 from shard_builder.settings import InputError, Progress, no_progress
+
+# Of an image, as in shard_builder: what is larger would fill the memory.
+MOST_PIXELS, MOST_BYTES = 2**26, 2**28
+LARGE = 2**23  # pixels
+# Not all that Pillow knows: it hands PostScript to a program.
+FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "DIB", "TIFF", "GIF", "WEBP", "PPM", "PCX", "TGA", "SGI")
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,15 @@ def read_task(
     expression whose first group, or whole match, in an image's path names the patient. Raises `InputError` that names
     the file and line.
     """
-    if (folder / "dataframe").is_dir():
+    if not (name := folder.resolve().name).isprintable():
+        raise InputError(f"{name} is no name that the tables can hold: rename the task's folder")
+    if os.path.isdir(folder / "dataframe"):
         if positive is not None:
             raise InputError(f"`positive` is for class folders: the fold files of {folder} say which is positive")
         listing, images_by_split = read_folds(folder, folder / "dataframe", group)
         return _task(folder, listing, images_by_split)
     listing = class_folders(folder, group, positive)
-    if folds is not None and folds.is_dir():
+    if folds is not None and os.path.isdir(folds):
         return _task(folder, listing, _kept_folds(folder, folds, listing))
     return _task(folder, listing, make_folds(folder, listing, seed), new_folds=True)
 
@@ -135,7 +146,7 @@ def _task(folder: Path, listing: Listing, images_by_split: ImagesBySplit, *, new
     digest = hashlib.sha256(repr([(image, listing.labels[image]) for image in images]).encode())
     for fold in folds:
         digest.update(repr([getattr(fold, split).tolist() for split in SPLITS]).encode())
-    digests = [hashlib.sha256((folder / image).read_bytes()) for image in images]
+    digests = [_digest(folder / image, listing.sources[image]) for image in images]
     for each in digests:
         digest.update(each.digest())
     return Task(
@@ -151,6 +162,16 @@ def _task(folder: Path, listing: Listing, images_by_split: ImagesBySplit, *, new
         sha256=digest.hexdigest(),
         new_folds=new_folds,
     )
+
+
+def _digest(path: Path, where: str) -> hashlib._Hash:
+    """The SHA-256 of an image. Raises `InputError` if it cannot be read."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{where}: {path} has over {MOST_BYTES >> 20} MiB: replace it")
+        return hashlib.sha256(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{where}: {path} cannot be read ({error.strerror}): replace it") from error
 
 
 def write_folds(task: Task, folder: Path) -> None:
@@ -170,16 +191,20 @@ def decode(task: Task, image_size: int, progress: Progress = no_progress) -> NDA
     The resampling is bilinear and antialiased. Raises `InputError` for an image that does not decode.
     """
     pixels = np.empty((len(task.images), 1, image_size, image_size), np.uint8)
+    large = Lock()  # one at a time: a few bytes may declare an image of half a GiB
 
     def read(row: int) -> None:
         try:
-            with Image.open(task.folder / task.images[row]) as image:
+            with Image.open(task.folder / task.images[row], formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"over {MOST_PIXELS:,} pixels")
                 if image.mode[0] in "IF":
                     raise ValueError("more than 8 bits a pixel")
-                grey = image.convert("L").resize((image_size, image_size), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                with large if image.width * image.height > LARGE else nullcontext():
+                    grey = image.convert("L").resize((image_size, image_size), Image.Resampling.BILINEAR)
+        except Exception as error:  # Pillow raises errors of any type for damaged files
             raise InputError(
-                f"{task.sources[row]}: {task.images[row]} does not decode ({error}): replace it"
+                f"{task.sources[row]}: {task.images[row]} does not decode ({str(error)[:200]}): replace it"
             ) from error
         pixels[row, 0] = np.asarray(grey)
 

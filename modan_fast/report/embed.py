@@ -6,6 +6,8 @@ N images, F features.
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from modan_fast.downstream.inits import TORCHVISION, imagenet, random_encoder
+from modan_fast.config import is_url
+from modan_fast.downstream.inits import imagenet, random_encoder
 from modan_fast.downstream.probe import apply_to_all
-from modan_fast.encoders import Encoder, load_encoder
+from modan_fast.encoders import TORCHVISION, Encoder, cached_imagenet, encoder_file, load_encoder
 from modan_fast.folder import read_json
-from modan_fast.shards import ShardSet, is_url, open_shards
+from modan_fast.remote import shown_location
+from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import READ_BATCH
 from modan_fast.stream import Stream
 from shard_builder.settings import InputError, Progress, usable_cores
+
+log = logging.getLogger(__name__)
 
 
 def pretraining_images(shards: ShardSet, samples: int, size: int) -> tuple[Tensor, list[str]]:
@@ -48,13 +54,19 @@ def shards_of(runs: Mapping[str, Any]) -> ShardSet:
     A recorded URL is not opened, because it may be a command and the record may be someone else's.
     """
     for init in runs["inits"].values():
-        config = Path(init.get("path", "")).parent / "config.json"
-        if init.get("shards") and config.is_file():
-            location = read_json(config)["settings"]["shards"]
+        config = Path(init.get("path") or "").parent / "config.json"
+        if init.get("shards") and os.path.isfile(config):
+            settings = read_json(config).get("settings")
+            location = settings.get("shards") if isinstance(settings, dict) else None
+            if not isinstance(location, str):
+                raise InputError(f"{config} names no shard set: name it with `shards`")
             if is_url(location):
-                raise InputError(f"{config.parent} was trained on {location}: name the shard set with `shards`")
+                raise InputError(
+                    f"{config.parent} was trained on {shown_location(location)}: name the shard set with `shards`"
+                )
+            log.info("opening the shard set %s, which %s names", location, config)
             shards = open_shards(location)
-            if shards.fingerprint == init["shards"]["fingerprint"]:
+            if shards.fingerprint == init["shards"].get("fingerprint"):
                 return shards
             raise InputError(f"{shards.location} has changed since {config.parent} was trained on it")
     raise InputError("no init is a run with a known shard set: name one with `shards`")
@@ -79,7 +91,11 @@ def features(
             missing.append(f"{name}: {error}")
             continue
         encoder.to(device).to(memory_format=torch.channels_last)
-        found[name] = apply_to_all(encoder, images.to(device), torch.float32).cpu().numpy()
+        each = apply_to_all(encoder, images.to(device), torch.float32).cpu().numpy()
+        if np.isfinite(each).all():
+            found[name] = each
+        else:
+            missing.append(f"{name}: its features are not finite")
         progress("features", done, len(inits), name)
     return found, missing
 
@@ -88,9 +104,15 @@ def _encoder(name: str, init: Mapping[str, Any], settings: Mapping[str, Any]) ->
     """The judged encoder; a new random one for `scratch`. Raises `InputError` if its file is gone or has changed."""
     if init["kind"] == "scratch":
         return random_encoder(settings["stem"], 0)
+    if not (init.get("path") and init.get("sha256")):
+        raise InputError("runs.json names no file of it")
     path = Path(init["path"])
     if name == "imagenet":
-        file = None if path == TORCHVISION else path
+        # A copy that is here, because a report of someone's results must not download anything.
+        file = cached_imagenet() if path == TORCHVISION else path
+        if not os.path.isfile(file):
+            raise InputError(f"there is no {file}: download resnet18-f37072fd.pth and save it there")
+        log.info("opening the weights %s, which runs.json names", file)
         judged = imagenet(file, settings["stem"], settings["seed"], sum_filters=settings["sum_filters"])
         if judged.sha256 != init["sha256"]:
             raise InputError(f"{path} has changed since it was judged")
@@ -98,6 +120,9 @@ def _encoder(name: str, init: Mapping[str, Any], settings: Mapping[str, Any]) ->
         assert judged.weights is not None
         encoder.load_weights(judged.weights)
         return encoder
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != init["sha256"]:
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is gone or has changed since it was judged")
+    log.info("opening the encoder %s, which runs.json names", path)
+    if hashlib.sha256(encoder_file(path).read_bytes()).hexdigest() != init["sha256"]:
         raise InputError(f"{path} is gone or has changed since it was judged")
     return load_encoder(path)

@@ -20,6 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from shard_builder.atomic import replacing
+from shard_builder.settings import printable
+
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
 
 # Okabe and Ito's palette without black and yellow, then Tol's: adjacent colours also differ for colour-blind readers.
@@ -27,6 +30,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
 COLOURS += ["#332288", "#882255", "#999933", "#44AA99", "#661100", "#777777"]
 DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1.2))]
 DPI = 150
+LONGEST = 60  # characters of a name
 MARKERS = ["o", "^", "s", "D", "v", "P"]
 STYLE: Any = {
     "font.size": 9,
@@ -34,9 +38,17 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#555555",
+    "text.parse_math": False,  # a name may hold a $
     "svg.hashsalt": "modan-fast",  # the same ids in the file each time
     "svg.fonttype": "path",
 }
+
+
+def label(name: str) -> str:
+    """A name as a text in a figure: on one line, and short. A legend leaves out what begins with an underscore."""
+    text = printable(name)
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return f" {text}" if text.startswith("_") else text
 
 
 def contact_sheet(
@@ -55,11 +67,10 @@ def contact_sheet(
             axis.imshow(image, cmap="gray", vmin=0, vmax=255)
             axis.set_xticks([])
             axis.set_yticks([])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(label(name), rotation=0, ha="right", va="center", parse_math=False)
     for axis, heading in zip(axes[0], headings, strict=True):
         axis.set_title(heading, fontsize=10)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path, dpi=110)
 
 
 def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], labels: Sequence[str]) -> None:
@@ -88,7 +99,7 @@ def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], lab
                     "color": COLOURS[index % len(COLOURS)],
                     "marker": MARKERS[kinds.index(name.split(" ")[0]) % len(MARKERS)],
                 }
-                axis.scatter(*points[mine].T, s=9, alpha=0.75, linewidths=0, label=name, **look)
+                axis.scatter(*points[mine].T, s=9, alpha=0.75, linewidths=0, label=label(name), **look)
             axis.set(title=title, xticks=[], yticks=[])
             axis.spines[:].set_visible(True)
             axis.spines[:].set_color("#bbbbbb")
@@ -159,7 +170,7 @@ def curves(
                 epochs = np.arange(1, values.shape[1] + 1)
                 low, middle, high = np.nanquantile(values, (0.25, 0.5, 0.75), axis=0)
                 colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
-                axis.plot(epochs, middle, color=colour, linestyle=dash, label=name, linewidth=1.6)
+                axis.plot(epochs, middle, color=colour, linestyle=dash, linewidth=1.6)
                 if len(values) > 1:
                     axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
             axis.set(title=title, xlabel=labels[0])
@@ -173,7 +184,13 @@ def curves(
         if len(names) > 1:
             looks = [(COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]) for index in range(len(names))]
             handles = [Line2D([], [], color=colour, linestyle=dash, linewidth=1.6) for colour, dash in looks]
-            figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+            figure.legend(
+                handles,
+                list(map(label, names)),
+                loc="outside lower center",
+                ncols=min(len(names), 5),
+                frameon=False,
+            )
         _save(figure, path)
 
 
@@ -183,7 +200,9 @@ def _layout(panels: int) -> tuple[int, int]:
     return -(-panels // rows), rows
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dpi: int = DPI) -> None:
     """Write and close a figure; without the date, so that the same content gives the same bytes."""
-    figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+    kind = path.suffix[1:]
+    with replacing(path) as file:  # so that nothing is written through a link
+        figure.savefig(file, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 from modan_fast.config import ReportConfig
 from modan_fast.downstream import leaks
 from modan_fast.downstream.predictions import Predictions, read_finished
-from modan_fast.downstream.results import Results
+from modan_fast.downstream.results import Results, own_file, own_folder
 from modan_fast.downstream.statistics import Row, comparisons, summaries
 from modan_fast.folder import check_writable, write_text
 from modan_fast.report import paper, tables
-from modan_fast.report.formats import Table, to_files, to_html
+from modan_fast.report.formats import Table, shown, to_files, to_html
 from modan_fast.report.page_figures import (
     plot_pretraining_loss,
     plot_roc,
@@ -27,6 +28,9 @@ from modan_fast.report.page_figures import (
 from modan_fast.shards import open_shards
 from shard_builder.settings import InputError, Progress, no_progress
 
+log = logging.getLogger(__name__)
+
+LOGGED = ("loss", "seconds", "views_per_second")
 NO_RUNS: dict[str, Any] = {"inits": {}, "tasks": {}, "settings": {}, "times": []}
 MARK = '<meta name="generator" content="modan-fast report">'
 PAGE = """<!doctype html>
@@ -55,22 +59,22 @@ PAGE = """<!doctype html>
 def write_report(results: Path, config: ReportConfig, progress: Progress = no_progress) -> Path:
     """Write report.html with its tables/ and figures/ from a results folder; return the page's path.
 
-    The same results give the same files. Raises `InputError` if there are no results, or if the reference is none of
-    their inits. If the UMAP cannot be made, the page states why.
+    The same results give the same files. Raises `InputError` if there are no results, if the reference is none of
+    their inits, and if a part of the output is a link. If the UMAP cannot be made, the page states why.
     """
     predictions, unfinished = read_finished(results)
     out = config.out or results
     check_writable(out)
+    page, figures = own_file(out / "report.html"), own_folder(out / "figures")
+    own_folder(out / "tables")
     shards = open_shards(config.shards) if config.shards else None
-    page = out / "report.html"
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
         raise InputError(f"{page} was written by another program: choose another folder with `out`")
     # Predictions alone are enough for tables and ROC curves.
-    runs = Results.open(results).runs if (results / "runs.json").exists() else NO_RUNS
+    runs = Results.open(results).runs if os.path.lexists(results / "runs.json") else NO_RUNS
     methods = {init: _method(init, runs) for init in dict.fromkeys(each.init for each in predictions)}
     reference = _reference(config.reference, methods)
-    logs = {name: log for name, init in runs["inits"].items() if (log := _log(init))}
-    figures = out / "figures"
+    logs = {name: lines for name, init in runs["inits"].items() if (lines := _log(init))}
     figures.mkdir(parents=True, exist_ok=True)
 
     progress("report", 0, 4, "tables")
@@ -100,7 +104,7 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
         "Provenance": _provenance(runs),
     }
     repeats = max(row.repeats for row in rows)
-    version = runs.get("versions", {}).get("modan_fast", "")
+    version = (runs.get("versions") or {}).get("modan_fast", "")
     write_text(
         page,
         _html(
@@ -127,16 +131,16 @@ def _tables(
 
 def _html(title: str, lead: str, sections: Mapping[str, str]) -> str:
     """The page; empty sections are left out."""
-    shown = {name: content for name, content in sections.items() if content}
+    filled = {name: content for name, content in sections.items() if content}
     return PAGE.format(
         mark=MARK,
-        title=escape(title),
-        lead=escape(lead),
+        title=shown(title),
+        lead=shown(lead),
         style=files("modan_fast.report").joinpath("page.css").read_text(encoding="utf-8"),
-        links="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in shown),
+        links="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in filled),
         sections="\n".join(
             f'<section id="{_anchor(name)}"><h2>{name}</h2>\n{content}</section>'
-            for name, content in shown.items()
+            for name, content in filled.items()
         ),
     )
 
@@ -160,14 +164,19 @@ def _method(init: str, runs: Mapping[str, Any]) -> str | None:
     return paper.METHODS.get(runs["inits"].get(init, {}).get("method") or init)
 
 
-def _log(init: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines in the log of the run that an init comes from; none if the run is gone."""
-    path = Path(init["path"]).parent / "log.jsonl" if "path" in init else None
-    if path is None or not path.is_file():
+def _log(init: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The lines in the log of the run that an init comes from; none if the run is gone.
+
+    Raises `InputError` for lines without the numbers of an epoch.
+    """
+    path = Path(init["path"]).parent / "log.jsonl" if init.get("path") else None
+    if path is None or not os.path.isfile(path):
         return []
+    log.info("reading %s, which runs.json names", path)
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [{name: float(line[name]) for name in LOGGED} for line in lines]
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError) as error:
         raise InputError(f"{path} is no readable log ({error}): restore it, or move it away") from error
 
 
@@ -187,7 +196,7 @@ def _leaks(results: Path) -> str:
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    return f'<p class="note">{shown(text)}</p>'
 
 
 def _provenance(runs: Mapping[str, Any]) -> str:
@@ -198,10 +207,11 @@ def _provenance(runs: Mapping[str, Any]) -> str:
         facts.append((name, ", ".join([*known, *_digest(init)])))
     for name, task in runs["tasks"].items():
         positive = [f"positive class {task['positive']}"] if task.get("positive") else []
-        facts.append((name, ", ".join([f"{task['images']} images", *positive, *_digest(task)])))
+        images = [f"{task['images']} images"] if "images" in task else []
+        facts.append((name, ", ".join([*images, *positive, *_digest(task)])))
     facts += [(f"recipe {recipe}", _listed(settings)) for recipe, settings in runs["settings"].items()]
-    facts.append(("versions", _listed(runs.get("versions", {}))))
-    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in facts)
+    facts.append(("versions", _listed(runs.get("versions") or {})))
+    lines = "".join(f"<dt>{shown(name)}</dt><dd>{shown(text)}</dd>\n" for name, text in facts)
     return f"<dl>{lines}</dl>"
 
 

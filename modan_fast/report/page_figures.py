@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import csv
+import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from sklearn.metrics import roc_curve
 from modan_fast.config import ReportConfig
 from modan_fast.devices import pick_device
 from modan_fast.downstream.predictions import Outcome, Predictions
-from modan_fast.downstream.results import CURVE_COLUMNS, Experiment, recorded_settings
+from modan_fast.downstream.results import CURVE_COLUMNS, Experiment, key_of, recorded_settings
 from modan_fast.downstream.tasks import FoldRun
 from modan_fast.report import figures
 from modan_fast.report.embed import features, pretraining_images, shards_of
-from modan_fast.report.formats import file_name
+from modan_fast.report.formats import file_name, shown
 from modan_fast.report.tables import PROTOCOLS
 from modan_fast.shards import ShardSet
 from shard_builder.settings import InputError, Progress
@@ -39,7 +39,7 @@ def plot_roc(folder: Path, predictions: Predictions) -> str:
     for experiment, fold_runs in sorted(predictions.items(), key=lambda item: item[0].protocol):
         if curves := [roc_curve(*fold_runs[each])[:2] for each in sorted(fold_runs) if _has_roc(fold_runs[each])]:
             rows = grids.setdefault((experiment.task, experiment.recipe), {})
-            title = f"{experiment.init}\n{PROTOCOLS[experiment.protocol]}"
+            title = f"{figures.label(experiment.init)}\n{PROTOCOLS[experiment.protocol]}"
             rows.setdefault(experiment.protocol, []).append((title, curves))
     content = ""
     for (task, recipe), rows in grids.items():
@@ -60,7 +60,7 @@ def _has_roc(outcome: Outcome) -> bool:
 
 def plot_validation_loss(folder: Path, curves: Path) -> str:
     """Validation losses in a curves.csv over the epochs: a panel per task, protocol and recipe."""
-    if not curves.exists():
+    if not os.path.isfile(curves):
         return ""
     grouped: dict[tuple[str, str, str], dict[str, NDArray[np.float64]]] = {}
     for experiment, losses in _validation_losses(curves).items():
@@ -70,7 +70,7 @@ def plot_validation_loss(folder: Path, curves: Path) -> str:
     if not grouped:
         return ""
     panels = [
-        (f"{task}, {PROTOCOLS[protocol]}, {recipe}", inits)
+        (f"{figures.label(task)}, {PROTOCOLS[protocol]}, {recipe}", inits)
         for (task, recipe, protocol), inits in sorted(grouped.items())
     ]
     path = folder / "validation-loss.svg"
@@ -83,13 +83,19 @@ def plot_validation_loss(folder: Path, curves: Path) -> str:
 
 
 def _validation_losses(curves: Path) -> dict[Experiment, NDArray[np.float64]]:
-    """The validation losses (fold runs, epochs) of each experiment, without fold runs that a kill has cut short."""
+    """The validation losses (fold runs, epochs) of each experiment, without fold runs that a kill has cut short.
+
+    Raises `InputError` for a damaged file.
+    """
     found: dict[Experiment, dict[FoldRun, list[float]]] = {}
-    with curves.open(encoding="utf-8", newline="") as file:
-        for row in islice(csv.reader(file), 1, None):
-            if len(row) == len(CURVE_COLUMNS):
-                fold_run = FoldRun(int(row[4]), int(row[5]))
-                found.setdefault(Experiment(*row[:4]), {}).setdefault(fold_run, []).append(float(row[-1]))
+    try:
+        with curves.open(encoding="utf-8", newline="") as file:
+            for row in islice(csv.reader(file), 1, None):
+                if len(row) == len(CURVE_COLUMNS):
+                    experiment, fold_run = key_of(row[:4], row[4], row[5])
+                    found.setdefault(experiment, {}).setdefault(fold_run, []).append(float(row[-1]))
+    except (ValueError, TypeError, csv.Error, OSError) as error:
+        raise InputError(f"{curves} is damaged ({error}): the same evaluation again repairs it") from error
     losses = {}
     for experiment, fold_runs in found.items():
         epochs = max(map(len, fold_runs.values()))
@@ -124,7 +130,10 @@ def _plot_logs(path: Path, logs: Logs, metric: tuple[str, str], alternative: str
     if not logs:
         return ""
     name, axis = metric
-    panels = [(init, {"": np.array([[line[name] for line in log]], np.float64)}) for init, log in logs.items()]
+    panels = [
+        (figures.label(init), {"": np.array([[line[name] for line in log]], np.float64)})
+        for init, log in logs.items()
+    ]
     figures.curves(path, panels, ("epoch", axis))
     return _figure(path, alternative, caption)
 
@@ -155,7 +164,7 @@ def plot_umap(
     found, missing = features(runs["inits"], settings, images, pick_device(config.device), progress)
     if not found:
         return _no_umap("; ".join(missing))
-    figures.embedding(path, list(found.items()), names)
+    figures.embedding(path, [(figures.label(name), each) for name, each in found.items()], names)
     without = f" Without a panel: {'; '.join(missing)}." if missing else ""
     return _figure(
         path,
@@ -166,7 +175,7 @@ def plot_umap(
 
 
 def _no_umap(reason: str) -> str:
-    return f'<p class="note">No UMAP: {escape(reason)}</p>'
+    return f'<p class="note">No UMAP: {shown(reason)}</p>'
 
 
 def _figure(path: Path, alternative: str, caption: str) -> str:
@@ -175,6 +184,6 @@ def _figure(path: Path, alternative: str, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     width = "" if kind == "svg+xml" else f' width="{Image.open(path).width * 96 // figures.DPI}"'
     return (
-        f'<figure><img{width} src="data:image/{kind};base64,{data}" alt="{escape(alternative)}">'
-        f"<figcaption>{escape(caption)} ({escape(path.parent.name)}/{escape(path.name)})</figcaption></figure>\n"
+        f'<figure><img{width} src="data:image/{kind};base64,{data}" alt="{shown(alternative)}">'
+        f"<figcaption>{shown(caption)} ({shown(path.parent.name)}/{shown(path.name)})</figcaption></figure>\n"
     )

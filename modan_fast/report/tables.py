@@ -147,9 +147,15 @@ def time_table(
         )
     rows += [
         [
-            *(PROTOCOLS[line["protocol"]], line["task"], line["init"], line["recipe"], line.get("device", DASH)),
+            *(
+                PROTOCOLS[line["protocol"]],
+                line["task"],
+                line["init"],
+                line["recipe"],
+                line.get("device") or DASH,
+            ),
             *(f"{line['cells']} trainings", seconds(line["seconds_per_epoch"])),
-            f"{line['images'] / line['seconds']:,.0f}" if line.get("images") else DASH,
+            f"{line['images'] / line['seconds']:,.0f}" if line.get("images") and line["seconds"] else DASH,
             seconds(paper.SECONDS[line["protocol"]]),
         ]
         for line in times

@@ -1,11 +1,13 @@
 """Files and folders that are written beside and renamed: whole or absent, also when several processes write them."""
 
+import errno
 import re
 import stat
 
 import pytest
 
 from shard_builder.atomic import UNFINISHED, new_folder, new_private_file, replacing
+from shard_builder.settings import InputError
 
 
 def interrupted(writer, path):
@@ -73,3 +75,41 @@ def test_unfinished_names_are_recognised(tmp_path):
     assert len(names) == 2
     assert all(map(ours.fullmatch, [*names, "file.part"]))
     assert not any(map(ours.fullmatch, ["file", "file.parts", "file.12.part"]))
+
+
+def test_a_folder_that_another_process_has_filled_meanwhile_is_kept(tmp_path):
+    def write():
+        with new_folder(tmp_path / "a") as folder:
+            (folder / "mine").touch()
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a/another").touch()
+
+    with pytest.raises(InputError, match="was filled by another process"):
+        write()
+    assert [str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")] == ["a", "a/another"]
+
+
+@pytest.mark.parametrize("writer", [replacing, new_private_file, new_folder])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_an_error_of_the_disk_names_the_file(tmp_path, writer, hidden):
+    def write():
+        with writer(tmp_path / "file"):
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")  # as `write` raises it
+            except OSError:
+                if hidden:
+                    raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - as torch.save does
+                raise
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write()
+    assert error.value.filename == str(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), RuntimeError("of another kind")])
+def test_other_errors_are_passed_on_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as passed, replacing(tmp_path / "file"):
+        raise error
+    assert passed.value is error
+    assert getattr(error, "filename", None) is None

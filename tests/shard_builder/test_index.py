@@ -14,7 +14,7 @@ indices = st.lists(st.lists(members, min_size=1, max_size=4), min_size=1, max_si
 @given(indices)
 def test_an_index_reads_back_as_it_was_written(samples):
     text = format_index(samples)
-    assert parse_index(text) == samples
+    assert list(parse_index(text)) == samples
     last = samples[-1][-1]
     check_index(text, len(samples), last.offset + last.size)
 
@@ -31,9 +31,23 @@ def test_an_index_that_points_beyond_its_tar_or_counts_otherwise_is_noticed(samp
 @pytest.mark.parametrize("text", ["", "v1.1 0\n", "v1.2 2\npng 512 1 a.png\n", "v1.2 1\npng 512 1\n"])
 def test_other_texts_are_no_index(text):
     with pytest.raises(ValueError, match=r"lines|words"):
-        parse_index(text)
+        list(parse_index(text))
     with pytest.raises(ValueError, match=r"lines|words"):
         check_index(text, 1, 10**6)
+
+
+@pytest.mark.parametrize("number", ["-512", "+512", "5_12", "٥", "", "1" * 19, "0x200", "1e3", "nan", " 512"])
+@pytest.mark.parametrize("line", ["png {} 1 a.png", "png 512 {} a.png"])
+def test_an_offset_or_size_is_digits_alone(number, line):
+    text = f"v1.2 1\n{line.format(number)}\n"
+    for read in (lambda text: list(parse_index(text)), lambda text: check_index(text, 1, 10**6)):
+        with pytest.raises(ValueError, match=r"an offset or size is|words"):
+            read(text)
+
+
+def test_a_line_without_end_is_refused():
+    with pytest.raises(ValueError, match="a line has 4,000,000 characters"):
+        list(parse_index("v1.2 1\n" + " " * 4_000_000 + "\n"))
 
 
 def test_the_text_is_what_dali_documents():

@@ -23,6 +23,7 @@ shard_lists = st.lists(
     ),
     min_size=1,
     max_size=3,
+    unique_by=lambda shard: shard.name,
 )
 manifests = st.builds(
     lambda shards, **rest: Manifest(samples=sum(each.samples for each in shards), shards=shards, **rest),
@@ -78,7 +79,10 @@ def change(folder, **values):
         ("samples", "50"),
         ("samples", True),
         ("samples", 51),
+        ("samples", 10**8 + 1),
         ("size", 0),
+        ("size", 8193),
+        ("size", 10**400),
         ("codec", "gif"),
         ("fields", {"modality": ["US", "CT"]}),
         ("fields", ["modality"]),
@@ -87,6 +91,9 @@ def change(folder, **values):
         ("shards", [{"name": "shard-000000.tar"}]),
         ("shards", [{"name": "../../shard-000000.tar", "samples": 50, "bytes": 1, "sha256": "0" * 64}]),
         ("shards", [{"name": "shard-000000.tar", "samples": 50, "bytes": 1, "sha256": "0"}]),
+        ("shards", [{"name": "shard-٠٠٠٠٠٠.tar", "samples": 50, "bytes": 1, "sha256": "0" * 64}]),
+        ("shards", [{"name": "shard-000000.tar", "samples": 50, "bytes": 2**63, "sha256": "0" * 64}]),
+        ("shards", 2 * [{"name": "shard-000000.tar", "samples": 25, "bytes": 1, "sha256": "0" * 64}]),
         ("rejected", [{"source": 1, "reason": ""}]),
         ("options", None),
     ],

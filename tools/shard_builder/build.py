@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,15 @@ from shard_builder.workers import DIED, workers_of
 
 @dataclass(frozen=True)
 class BuildResult:
-    """The manifest of the shard set, and whether the set was built now or existed already."""
+    """The manifest of the shard set, and whether the set was built now or existed already.
+
+    `hidden` has the paths, within the source, of rejected DICOM files, by the hashes that name them in the manifest. A
+    path may name a patient: show it to the person at the screen who owns the files, and write it nowhere.
+    """
 
     manifest: Manifest
     built: bool
+    hidden: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def lost(self) -> int:
@@ -63,7 +68,8 @@ def build(
     alone. What a stopped or killed build had finished is not done again.
 
     Raises `InputError` if the source cannot be used or has no usable image, or if `out` holds anything else and
-    `overwrite` is not set; `OSError` if writing fails. Images that cannot be packed are listed in the manifest.
+    `overwrite` is not set, or if nothing can be written there; `OSError` if writing fails. Images that cannot be packed
+    are listed in the manifest.
     """
     path = Path(os.path.realpath(out))
     count = options.workers or usable_cores()
@@ -78,7 +84,7 @@ def build(
         states = pack.file_states(scan.root, chosen, progress)
         recorded = _recorded_options(scan, chosen, states, options)
         if not overwrite and (existing := existing_set(path, out, recorded)):
-            return BuildResult(existing, built=False)
+            return BuildResult(existing, built=False, hidden=_hidden(existing, scan, chosen))
 
         packer = pack.Packer(scan.root, chosen, states, folder, options.size, options.codec)
         packed = pack.pack(workers, packer, progress)
@@ -112,7 +118,14 @@ def build(
         write_report(finished, read_contents(finished, progress), Counter(map(tuple, sizes.tolist())), copies)
         sync_folder(finished)
         replace_set(finished, path)
-    return BuildResult(manifest, built=True)
+    return BuildResult(manifest, built=True, hidden=_hidden(manifest, scan, chosen))
+
+
+def _hidden(manifest: Manifest, scan: Scan, chosen: Sequence[Entry]) -> dict[str, str]:
+    """The paths of the rejected DICOM files, by the hashes that name them."""
+    rejected = {each.source for each in manifest.rejected}
+    files = {entry.source: entry.file for entry in chosen if entry.frame is not None and entry.source in rejected}
+    return {**scan.hidden, **files}
 
 
 def _recorded_options(

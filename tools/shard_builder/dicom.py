@@ -6,17 +6,25 @@ read it: reasons are in our own words. pydicom is imported only when DICOM files
 
 from __future__ import annotations
 
+import io
+import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shard_builder.entries import ValueMap
+from shard_builder.files import open_regular, read_regular
 from shard_builder.image import MAX_BYTES, MAX_PIXELS, ImageError, silenced
 from shard_builder.terms import KEYWORDS, NO_IMAGES, label_values
 
 MAX_FRAME, MAX_DEEP = 2**27, 2**25  # bytes of a decoded frame, and of one with values of over 16 bits
+MAX_ELEMENT = 2**16  # bytes of an element that is read: a number, or a word of a vocabulary
 DEFLATED = "1.2.840.10008.1.2.1.99"
+
+COMPONENT = r"(?!\.\.?$)[^/\\:\0]+"
+"""Regular expression of a folder's or file's name in a DICOMDIR, for any system: no separator, drive or `..`."""
 
 _ELEMENTS = [
     *(keyword for keywords in KEYWORDS.values() for keyword in keywords),
@@ -41,8 +49,7 @@ class Header:
 def is_dicom(path: Path) -> bool:
     """Whether the file has DICOM's mark, whatever its name."""
     try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+        return _start(path)[128:132] == b"DICM"
     except OSError:
         return False
 
@@ -64,25 +71,31 @@ def referenced_files(directory: Path) -> list[str]:
 
     with silenced():
         try:
-            records = pydicom.dcmread(directory).DirectoryRecordSequence
+            content = io.BytesIO(read_regular(directory, MAX_BYTES))
+            records = pydicom.dcmread(content).DirectoryRecordSequence
             listed = [each.ReferencedFileID for each in records if each.get("ReferencedFileID")]
             paths = [[each] if isinstance(each, str) else list(each) for each in listed]
-            if any("/" in name or name == ".." for path in paths for name in path):
-                raise ValueError  # it leads out of the folder
+            if not all(re.fullmatch(COMPONENT, name) for path in paths for name in path):
+                raise ValueError  # it may lead out of the folder
             return ["/".join(path) for path in paths]
         except Exception:
             raise ImageError("not a DICOM directory") from None
 
 
+def _start(path: Path) -> bytes:
+    """The first bytes of a file, with DICOM's mark and the name of the compression."""
+    with open_regular(path) as file:
+        return file.read(min(1024, os.fstat(file.fileno()).st_size))  # some files of the system have no end
+
+
 def _check_file(path: Path) -> str:
     """Why pydicom cannot be given the file, or the empty text."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(1024)
-            if start[128:132] != b"DICM":
-                return "not a DICOM file"
-            if DEFLATED.encode() in start and _inflates_beyond(start + file.read(), MAX_BYTES):
-                return f"over {MAX_BYTES >> 20} MiB"
+        start = _start(path)
+        if start[128:132] != b"DICM":
+            return "not a DICOM file"
+        if DEFLATED.encode() in start and _inflates_beyond(read_regular(path, MAX_BYTES), MAX_BYTES):
+            return f"over {MAX_BYTES >> 20} MiB"
     except OSError as error:
         return f"cannot be read: {error.strerror or type(error).__name__}"
     return ""
@@ -109,7 +122,11 @@ def _header(path: Path, fields: Sequence[str], value_map: ValueMap) -> Header | 
     import pydicom
 
     try:
-        found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_ELEMENTS))
+        found = pydicom.dcmread(
+            path, stop_before_pixels=True, specific_tags=list(_ELEMENTS), defer_size=MAX_ELEMENT
+        )
+        if any(getattr(each, "length", 0) > MAX_ELEMENT for each in found.values()):
+            return "damaged DICOM header"
         rows, columns = int(found.get("Rows") or 0), int(found.get("Columns") or 0)
         width = max(int(found.get("BitsAllocated") or 8) // 8, 1)
         frame = rows * columns * width * max(int(found.get("SamplesPerPixel") or 1), 1)
@@ -126,7 +143,7 @@ def _header(path: Path, fields: Sequence[str], value_map: ValueMap) -> Header | 
         if isinstance(error, OSError) and error.errno is not None:
             return f"cannot be read: {error.strerror}"
         return "damaged DICOM header"
-    if not (rows and columns):
+    if rows < 1 or columns < 1:
         return "a DICOM file without an image"
     if texts["modality"].strip() in NO_IMAGES:
         return "a segmentation or dose, no image"

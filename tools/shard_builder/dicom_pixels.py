@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shard_builder.dicom import DEFLATED
-from shard_builder.image import MAX_BYTES, ImageError, silenced
+from shard_builder.image import MAX_BYTES, MAX_SCANS, ImageError, silenced
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -130,14 +130,14 @@ def _grey(path: Path, frame: int) -> NDArray[np.uint8]:
 
 
 def _check_size(elements: Any, frame: int) -> None:
-    """Raise `ImageError` if a compressed frame has another size than its header says.
+    """Raise `ImageError` if a compressed frame has another size than its header says, or countless scans.
 
     Decoders trust the frame, and a few of its bytes can declare an image that fills the memory.
     """
     from pydicom.encaps import get_frame
 
     data = get_frame(elements.PixelData, frame, number_of_frames=int(elements.get("NumberOfFrames") or 1))
-    if _coded_size(data) != (elements.Rows, elements.Columns):
+    if data.count(b"\xff\xda") > MAX_SCANS or _coded_size(data) != (elements.Rows, elements.Columns):
         raise ImageError("damaged pixel data")
 
 

@@ -40,7 +40,7 @@ class Scan:
     """What a source holds: its form, the label fields in bit order, its images, and what was rejected.
 
     `form` is tree, table or dicom. Paths are relative to the folder `root`. `unknown` counts, by field, the headers
-    whose text is in no vocabulary.
+    whose text is in no vocabulary. `hidden` maps the hashes of rejected DICOM files to their paths.
     """
 
     form: str
@@ -49,6 +49,7 @@ class Scan:
     rejected: list[Rejected]
     root: Path
     unknown: Mapping[str, int] = field(default_factory=dict)
+    hidden: Mapping[str, str] = field(default_factory=dict)
 
 
 def mapped(fields: Mapping[str, str], value_map: ValueMap) -> dict[str, str]:

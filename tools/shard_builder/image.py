@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
-import os
 import struct
 import threading
 import warnings
@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from shard_builder.files import read_regular
 from shard_builder.manifest import Codec
 
 # With these two limits a worker needs less than 1 GiB, whatever a file holds or declares.
 MAX_PIXELS = 2**26  # 8192 x 8192; 256 MiB when decoded to 4 bytes per pixel
 MAX_BYTES = 2**28  # of a file
+MAX_SCANS = 100  # of a JPEG file, which has about ten: each takes as long as the whole image
 
 
 class ImageError(ValueError):
@@ -31,11 +33,10 @@ class ImageError(ValueError):
 def read(path: Path) -> bytes:
     """The bytes of an image file; raises `ImageError` if it cannot be read or is too large."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise ImageError(f"over {MAX_BYTES >> 20} MiB")
-            return file.read()
+        return read_regular(path, MAX_BYTES)
     except OSError as error:
+        if error.errno in (errno.EFBIG, errno.EINVAL):  # our own words
+            raise ImageError(str(error.strerror)) from None
         raise ImageError(f"cannot be read: {error.strerror or type(error).__name__}") from None
 
 
@@ -54,8 +55,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         # Before any pixel is decoded: a few bytes can declare an image that fills the memory.
         if opened.width * opened.height > MAX_PIXELS:
             raise ImageError(f"declares over {MAX_PIXELS:,} pixels")
-        if opened.format == "PNG":
-            check_png(data)
+        check_data(data, opened.format)
         opened.load()
         return np.asarray(_grey(opened))
     except Image.DecompressionBombError:
@@ -68,7 +68,36 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from None
 
 
-def check_png(data: bytes) -> None:
+def open_stored(data: bytes, codec: Codec, size: int) -> Image.Image:
+    """The grey image (size, size) in the bytes that a shard stores; raises `ImageError` if they are anything else."""
+    if codec == "raw":
+        if len(data) != size**2:
+            raise ImageError(f"has {len(data):,} bytes, not {size}²")
+        return Image.frombytes("L", (size, size), data)
+    try:
+        with silenced():
+            # Only this format: for some others Pillow starts programs.
+            opened = Image.open(io.BytesIO(data), formats=(codec.upper(),))
+        check_data(data, codec.upper())
+        if opened.mode != "L" or opened.size != (size, size):
+            raise ImageError(f"is {opened.width} x {opened.height} {opened.mode}, not {size} x {size} grey")
+        opened.load()
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # damaged files raise errors of any type
+        raise ImageError(f"cannot be decoded as {codec}: {type(error).__name__}") from None
+    return opened
+
+
+def check_data(data: bytes, kind: str | None) -> None:
+    """Raise `ImageError` for what Pillow lets pass in a file of this kind: see `_check_png`, and `MAX_SCANS`."""
+    if kind == "PNG":
+        _check_png(data)
+    elif data.count(b"\xff\xda") > MAX_SCANS:  # these bytes are never pixels
+        raise ImageError(f"damaged: over {MAX_SCANS} scans")
+
+
+def _check_png(data: bytes) -> None:
     """Raise `ImageError` if a PNG file ends before its last chunk, or the checksum of a chunk is wrong.
 
     Pillow ignores the checksums of the chunks that hold pixels, and would decode wrong pixels.

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from shard_builder.files import read_regular
+
+MAX_BYTES = 2**28  # of an index: over a million samples
+MAX_LINE = 1000  # characters; four members take about 150
 
 
 class Member(NamedTuple):
@@ -21,12 +28,19 @@ def format_index(samples: Sequence[Iterable[Member]]) -> str:
     return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
 
 
-def parse_index(text: str) -> list[list[Member]]:
-    """The members of each sample, from an index's text; raises `ValueError` if it is malformed."""
-    head, *lines = text.splitlines() or [""]
-    if head != f"v1.2 {len(lines)}":
-        raise ValueError(f"its first line is {head[:40]!r}, followed by {len(lines)} lines")
-    return [_parse_line(line) for line in lines]
+def read_index(tar: Path) -> str:
+    """The text of the index beside `tar`; raises `OSError` if it cannot be read, `ValueError` if it is not ASCII."""
+    return read_regular(tar.with_suffix(".idx"), MAX_BYTES).decode("ascii")
+
+
+def parse_index(text: str) -> Iterator[list[Member]]:
+    """The members of each sample, one sample at a time, from an index's text; raises `ValueError` if it is malformed.
+
+    The first line is checked at once, the others when their samples are due.
+    """
+    count = text.count("\n") - 1
+    _check_head(text, count, f"followed by {max(count, 0)} lines")
+    return _samples(text)
 
 
 def check_index(text: str, samples: int, size: int) -> None:
@@ -34,18 +48,38 @@ def check_index(text: str, samples: int, size: int) -> None:
 
     Parses two lines only, because it runs before every training.
     """
-    head, _, lines = text.partition("\n")
-    if head != f"v1.2 {samples}" or lines.count("\n") != samples:
-        count = lines.count("\n")
-        raise ValueError(f"its first line is {head[:40]!r}, followed by {count} lines, not {samples} samples")
-    last = _parse_line(lines.rstrip("\n").rpartition("\n")[2])[-1]
+    count = text.count("\n") - 1
+    _check_head(text, samples, f"followed by {max(count, 0)} lines, not {samples} samples")
+    if count != samples:
+        raise ValueError(f"it has {count} lines, not {samples} samples")
+    last = parse_line(text[text.rfind("\n", 0, -1) + 1 : -1])[-1]
     if last.offset + last.size > size:
         raise ValueError(f"{last.name} ends at byte {last.offset + last.size}, beyond the tar's {size}")
 
 
-def _parse_line(line: str) -> list[Member]:
+def _check_head(text: str, samples: int, what: str) -> None:
+    """Raise `ValueError` unless the first line states this number of samples, and the last line ends."""
+    head = f"v1.2 {samples}\n"
+    if not (text.startswith(head) and text.endswith("\n")):
+        raise ValueError(f"its first line is {text[:40].partition(chr(10))[0]!r}, {what}")
+
+
+def _samples(text: str) -> Iterator[list[Member]]:
+    start = text.index("\n") + 1
+    while start < len(text):
+        end = text.index("\n", start)
+        yield parse_line(text[start:end])
+        start = end + 1
+
+
+def parse_line(line: str) -> list[Member]:
+    """The members of a sample, from its line; raises `ValueError` if it is malformed."""
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line has {len(line):,} characters, over {MAX_LINE:,}")
     words = line.split(" ")
     if len(words) % 4:
         raise ValueError(f"a line has {len(words)} words, not four for each member")
-    fours = zip(*[iter(words)] * 4, strict=True)
+    fours = list(zip(*[iter(words)] * 4, strict=True))
+    if bad := [word for four in fours for word in four[1:3] if not re.fullmatch("[0-9]{1,18}", word)]:
+        raise ValueError(f"an offset or size is {bad[0][:40]!r}")
     return [Member(extension, int(offset), int(size), name) for extension, offset, size, name in fours]

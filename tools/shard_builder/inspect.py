@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shard_builder.index import parse_index
+from shard_builder.files import open_regular
+from shard_builder.image import MAX_BYTES, open_stored
+from shard_builder.index import parse_index, parse_line, read_index
 from shard_builder.manifest import Manifest, Rejected
-from shard_builder.settings import InputError, Progress, no_progress
+from shard_builder.settings import InputError, Progress, no_progress, printable
+
+MOST_GROUPS = 200  # rows of a sheet
+MOST_LETTERS = 200  # of a name in a description
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,14 @@ class Contents:
         return dict(zip(self.manifest.classes, counts.tolist(), strict=True))
 
     def groups(self, most: int) -> dict[str, list[int]]:
-        """Up to `most` sample ids for each combination of the first two fields, such as `CT lung`."""
+        """Up to `most` sample ids for each combination of the first two fields, such as `CT lung`.
+
+        Only the first `MOST_GROUPS` combinations: more make no sheet that anyone could look at.
+        """
         names = [value for values in list(self.manifest.fields.values())[:2] for value in values]
         combinations, group = np.unique(self.labels[:, : len(names)], axis=0, return_inverse=True)
         found = {}
-        for number, bits in enumerate(combinations):
+        for number, bits in enumerate(combinations[:MOST_GROUPS]):
             title = " ".join(name for name, bit in zip(names, bits, strict=True) if bit) or "unlabelled"
             found[title] = np.flatnonzero(group.ravel() == number)[:most].tolist()
         return dict(sorted(found.items()))
@@ -65,37 +72,40 @@ def read_contents(folder: Path, progress: Progress = no_progress) -> Contents:
     for done, shard in enumerate(manifest.shards, 1):
         tar = folder / shard.name
         try:
-            with open(tar, "rb") as file:
-                for members in parse_index(tar.with_suffix(".idx").read_text("ascii")):
+            with open_regular(tar) as file:
+                for members in parse_index(read_index(tar)):
                     for array, member in zip((labels, targets), members[1:3], strict=True):
+                        if member.size != array[sample].nbytes:
+                            raise ValueError  # numpy would repeat a single byte
                         file.seek(member.offset)
                         array[sample] = np.frombuffer(file.read(member.size), array.dtype)
                     sample += 1
-        except ValueError:
+        except (OSError, ValueError):
             raise InputError(f"{tar} is damaged: run `modan-fast verify {folder}` for details") from None
         progress("reading", done, len(manifest.shards), "")
-    if manifest.samples and not 0 <= targets.min() <= targets.max() < len(manifest.classes):
+    if labels.max(initial=0) > 1 or not 0 <= targets.min() <= targets.max() < len(manifest.classes):
         raise InputError(f"{folder} is damaged: run `modan-fast verify {folder}` for details")
     return Contents(folder, manifest, labels, targets[:, 0])
 
 
 def read_images(folder: Path, manifest: Manifest, samples: Iterable[int]) -> Iterator[Image.Image]:
-    """The grey images of the samples with these ids, one at a time."""
+    """The grey images of the samples with these ids, one at a time; raises `InputError` if one is damaged."""
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-    parsed = -1
+    read = -1
     for sample in samples:
         number = int(np.searchsorted(starts, sample, "right")) - 1
         tar = folder / manifest.shards[number].name
-        if number != parsed:
-            index, parsed = parse_index(tar.with_suffix(".idx").read_text("ascii")), number
-        image = index[sample - int(starts[number])][0]
-        with open(tar, "rb") as file:
-            file.seek(image.offset)
-            data = file.read(image.size)
-        if manifest.codec == "raw":
-            yield Image.frombytes("L", (manifest.size, manifest.size), data)
-        else:
-            yield Image.open(BytesIO(data))
+        try:
+            if number != read:
+                lines, read = read_index(tar).split("\n")[1:], number
+            image, *_ = parse_line(lines[sample - int(starts[number])])
+            with open_regular(tar) as file:
+                file.seek(image.offset)
+                data = file.read(min(image.size, MAX_BYTES))
+            picture = open_stored(data, manifest.codec, manifest.size)
+        except (OSError, ValueError):
+            raise InputError(f"{tar} is damaged: run `modan-fast verify {folder}` for details") from None
+        yield picture
 
 
 def kinds(rejected: Iterable[Rejected]) -> dict[str, int]:
@@ -105,17 +115,24 @@ def kinds(rejected: Iterable[Rejected]) -> dict[str, int]:
 
 
 def describe(contents: Contents) -> str:
-    """The shard set as lines of text: its size, and counts of labels, classes and rejections."""
+    """The shard set as lines of text: its size, and counts of labels, classes and rejections.
+
+    Names are cut and made `printable`, for they may come from a stranger.
+    """
+
+    def shown(name: str) -> str:
+        return printable(name if len(name) <= MOST_LETTERS else f"{name[:MOST_LETTERS]}…") or "(none)"
+
     manifest = contents.manifest
     size = sum(shard.bytes for shard in manifest.shards)
     lines = [
         f"{manifest.samples:,} images of {manifest.size} x {manifest.size} pixels, {manifest.codec}; "
         f"{len(manifest.shards):,} shards, {size / 2**20:,.1f} MiB"
     ]
-    tables = {f"{name} ({len(counts)})": counts for name, counts in contents.values.items()}
+    tables = {f"{shown(name)} ({len(counts)})": counts for name, counts in contents.values.items()}
     tables[f"class ({len(manifest.classes)})"] = contents.classes
     tables[f"left out ({len(manifest.rejected)})"] = kinds(manifest.rejected)
-    width = max(len(name) for counts in tables.values() for name in [*counts, "(none)"])
+    width = max(len(shown(name)) for counts in tables.values() for name in [*counts, ""])
     for title, counts in tables.items():
-        lines += ["", title, *(f"  {name or '(none)':{width}}  {count:9,}" for name, count in counts.items())]
+        lines += ["", title, *(f"  {shown(name):{width}}  {count:9,}" for name, count in counts.items())]
     return "\n".join(lines)

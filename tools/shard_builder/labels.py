@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -30,6 +31,14 @@ def bit_names(fields: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{name}={value}" for name, values in fields.items() for value in values]
 
 
+def position(values: Sequence[str], value: str) -> int:
+    """The index of `value` in the sorted `values`; raises `ValueError` if it is not among them."""
+    found = bisect_left(values, value)
+    if values[found : found + 1] != [value]:
+        raise ValueError(f"{value!r} is not in list")
+    return found
+
+
 def multi_hot(row: Mapping[str, str], fields: Mapping[str, Sequence[str]]) -> NDArray[np.uint8]:
     """The labels (K,) uint8, 0/1, of one image. A missing value sets no bit.
 
@@ -39,6 +48,6 @@ def multi_hot(row: Mapping[str, str], fields: Mapping[str, Sequence[str]]) -> ND
     start = 0
     for name, values in fields.items():
         if name in row:
-            bits[start + values.index(row[name])] = 1
+            bits[start + position(values, row[name])] = 1
         start += len(values)
     return bits

@@ -82,10 +82,13 @@ def building(path: Path, out: Path) -> Iterator[Path]:
     """A folder beside `path` to work in, locked for this process.
 
     It is removed once the work is done. On an error it stays unless it is empty: the next build uses what is finished
-    in it, and nothing else.
+    in it, and nothing else. Raises `InputError` if nothing can be written there.
     """
     folder = _beside(path, "building")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from None
     with _locked(folder / "lock", out):
         try:
             if foreign := _foreign(folder, IN_BUILDING):
@@ -101,6 +104,13 @@ def building(path: Path, out: Path) -> Iterator[Path]:
             raise
 
 
+def _unwritable(out: Path, error: OSError) -> InputError:
+    return InputError(
+        f"nothing can be written to {out}: {error.filename} cannot be made ({error.strerror}); choose another folder "
+        "with `out`"
+    )
+
+
 @contextmanager
 def _locked(path: Path, out: Path) -> Iterator[None]:
     if sys.platform == "win32":
@@ -112,6 +122,8 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:  # its owner has finished, and removed the folder
         raise another from None
+    except OSError as error:
+        raise _unwritable(out, error) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

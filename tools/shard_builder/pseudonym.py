@@ -24,7 +24,7 @@ def load_key(path: Path) -> bytes:
     if not path.exists():
         with new_private_file(path) as file:
             file.write(secrets.token_hex(32).encode("ascii") + b"\n")
-    text = path.read_bytes().strip() if path.is_file() else b""
+    text = path.read_bytes().strip() if path.is_file() and path.stat().st_size < 100 else b""
     if not re.fullmatch(rb"[0-9a-fA-F]{64}", text):
         raise InputError(
             f"{path} is not a key of 64 hexadecimal digits: choose another file with `key`; it is made if missing"

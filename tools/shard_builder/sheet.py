@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from shard_builder.atomic import replacing
-from shard_builder.inspect import Contents, read_images
+from shard_builder.inspect import MOST_LETTERS, Contents, read_images
+from shard_builder.settings import printable
 
 COLUMNS = 8
 CELL = 96  # pixels
@@ -35,8 +36,9 @@ def write_sheet(path: Path, rows: Sequence[tuple[str, Image.Image]]) -> None:
     draw = ImageDraw.Draw(sheet)
     for number, (title, row) in enumerate(rows):
         top = number * (CELL + line)
-        # Pillow's own font in its plainest form has Latin-1 only.
-        draw.text((4, top + 4), title.encode("latin-1", "replace").decode("latin-1"), 0, ImageFont.load_default())
+        # Pillow's own font in its plainest form has Latin-1 only. What is beyond the edge is not drawn.
+        shown = printable(title[:MOST_LETTERS]).encode("latin-1", "replace").decode("latin-1")
+        draw.text((4, top + 4), shown, 0, ImageFont.load_default())
         sheet.paste(row, (4, top + line))
     with replacing(path) as file:
         sheet.save(file, "PNG")

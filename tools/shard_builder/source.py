@@ -154,16 +154,22 @@ def _with_headers(scan: Scan, options: BuildOptions, key: Path, workers: Workers
     secret = load_key(key)
     entries = [entry for entry in scan.entries if not is_hidden(entry.source)]
     rejected = [each for each in scan.rejected if not is_hidden(each.source)]
-    rejected += [Rejected(pseudonym(secret, each.source), each.reason) for each in unsafe]
+    hidden = {}
+    for each in unsafe:
+        name = pseudonym(secret, each.source)
+        rejected.append(Rejected(name, each.reason))
+        hidden[name] = each.source
     unknown: Counter[str] = Counter()
     headers = _read_headers(workers, scan.root, files, fields if from_headers else (), value_map, progress)
     for file, header in zip(files, headers, strict=True):
         name = pseudonym(secret, file.source)
         if isinstance(header, str):
             rejected.append(Rejected(name, header))
+            hidden[name] = file.source
             continue
         if header.burned_in and not options.allow_burned_in:
             rejected.append(Rejected(name, "text burned into its pixels: --allow-burned-in takes it"))
+            hidden[name] = file.source
             continue
         labels, category = file.fields, file.category
         if from_headers:
@@ -172,7 +178,7 @@ def _with_headers(scan: Scan, options: BuildOptions, key: Path, workers: Workers
         for frame in _spaced(header.frames, options.frames):
             frame_name = f"{name}-{frame}" if header.frames > 1 else name
             entries.append(Entry(frame_name, labels, category, file.source, frame))
-    return Scan(scan.form, fields, entries, rejected, scan.root, unknown)
+    return Scan(scan.form, fields, entries, rejected, scan.root, unknown, hidden)
 
 
 def _header_fields(options: BuildOptions) -> tuple[tuple[str, ...], ValueMap]:
@@ -265,10 +271,12 @@ def _with_required(scan: Scan, required: Sequence[str]) -> Scan:
             raise InputError(
                 f"`require={name}`: it is none of the label fields {', '.join(scan.fields)}: name it with `fields` too"
             )
-    kept, rejected = [], list(scan.rejected)
+    kept, rejected, hidden = [], list(scan.rejected), dict(scan.hidden)
     for entry in scan.entries:
         if lacks := [name for name in required if name not in entry.fields]:
             rejected.append(Rejected(as_text(entry.source), f"no value of {lacks[0]}"))
+            if entry.frame is not None:
+                hidden[entry.source] = entry.file
         else:
             kept.append(entry)
-    return replace(scan, entries=kept, rejected=rejected)
+    return replace(scan, entries=kept, rejected=rejected, hidden=hidden)

@@ -6,17 +6,21 @@ RadImageNet's own tables, `filename,label`, get their labels from the paths.
 from __future__ import annotations
 
 import csv
+import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from shard_builder.entries import Entry, Scan, ValueMap, as_text, class_of, mapped
+from shard_builder.files import open_regular
 from shard_builder.manifest import Rejected
 from shard_builder.scan import NO_ANATOMY, folder_labels, is_image
 from shard_builder.settings import InputError, Progress, no_progress
 
 PATHS = ("path", "filename")
+MAX_LINE = 2**22  # characters of a row
 PREFIX = "radiology_ai"
 """The folder that RadImageNet's archive unpacks to; the paths in its tables begin with it."""
 
@@ -35,8 +39,8 @@ def columns(table: Path) -> list[str]:
     """The names of a table's columns in lower case; raises `InputError` if it is no table of images."""
     _, header = next(_lines(table), (1, []))
     names = [name.strip().lower() for name in header]
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
-        raise InputError(f"{table}, row 1: there are two columns {twice}: remove one")
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise InputError(f"{table}, row 1: there are two columns {twice[0]}: remove one")
     if not set(PATHS) & set(names):
         raise InputError(
             f"{table}, row 1: there is no column path among {_joined(header)}: name the columns in the first row, "
@@ -158,7 +162,8 @@ def _images(
                 raise InputError(f"{row}: has {len(cells)} cells, and the first row {len(header)}")
             path = cells[path_index].strip().replace("\\", "/")
             components = [each for each in path.split("/") if each not in ("", ".")]
-            if not components or path.startswith("/") or ".." in components or components[0][1:2] == ":":
+            outside = path.startswith("/") or ".." in components or path[1:2] == ":"
+            if not components or outside or "\0" in path:
                 raise InputError(f"{row}: its path must be one within {root}, without .. or a drive")
             if moved and components[0] == PREFIX:
                 components = components[1:]
@@ -198,8 +203,8 @@ def _lines(table: Path) -> Iterator[tuple[int, list[str]]]:
     """The lines of a CSV file that are not empty, numbered from 1, each as its cells."""
     reader = None
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+        with io.TextIOWrapper(open_regular(table), encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(_bounded(file), strict=True)
             for cells in reader:
                 if any(cell.strip() for cell in cells):
                     yield reader.line_num, cells
@@ -209,6 +214,14 @@ def _lines(table: Path) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{table} is not UTF-8 text: save it as CSV in UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{table}, row {reader.line_num if reader else 1}: is not valid CSV: {error}") from None
+
+
+def _bounded(file: TextIO) -> Iterator[str]:
+    """The lines of a file; raises `csv.Error` for one that would fill the memory."""
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise csv.Error(f"a line has over {MAX_LINE:,} characters")
+        yield line
 
 
 def _joined(header: Sequence[str]) -> str:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import struct
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-
-from shard_builder.image import ImageError, check_png
-from shard_builder.index import Member, parse_index
-from shard_builder.labels import multi_hot
+from shard_builder.files import open_regular
+from shard_builder.image import MAX_BYTES, ImageError, open_stored
+from shard_builder.index import Member, parse_index, read_index
+from shard_builder.labels import multi_hot, position
 from shard_builder.manifest import EXTENSIONS, NAME, Manifest, OtherFormatError, Shard
-from shard_builder.settings import InputError, Progress, no_progress, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress, printable, usable_cores
 from shard_builder.workers import Job, workers_of
 from shard_builder.writer import member_header, tar_end
+
+MAX_JSON = 2**24  # bytes of a sample's metadata
 
 
 class DamageError(ValueError):
@@ -52,7 +53,7 @@ def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_
             raise
         return VerifyResult(0, 0, 0, [str(error)])
     damage: dict[int, str] = {}
-    slim = replace(manifest, shards=[], rejected=[])  # it is sent with each job
+    slim = replace(manifest, shards=[], rejected=[], options={})  # it is sent with each job
     jobs, first = [], 0
     for number, shard in enumerate(manifest.shards):
         jobs.append(Job(number, (folder, shard, first, slim)))
@@ -66,9 +67,8 @@ def verify(folder: Path, *, workers: int | None = None, progress: Progress = no_
             done += shard.samples
             progress("verifying", done, manifest.samples, f"{len(damage)} damaged" if damage else "")
     lines = [damage[number] for number in sorted(damage)] + _unlisted(folder, manifest)
-    return VerifyResult(
-        manifest.samples, len(manifest.shards), sum(shard.bytes for shard in manifest.shards), lines
-    )
+    total = sum(shard.bytes for shard in manifest.shards)
+    return VerifyResult(manifest.samples, len(manifest.shards), total, [printable(line) for line in lines])
 
 
 def _unlisted(folder: Path, manifest: Manifest) -> list[str]:
@@ -95,23 +95,20 @@ def check_shard(folder: Path, shard: Shard, first: int, manifest: Manifest) -> s
 
 def _check_tar(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
     index = tar.with_suffix(".idx")
-    try:
-        lines = parse_index(index.read_text("ascii"))
-    except ValueError as error:
-        raise DamageError(f"its index {index.name} is damaged: {error}") from None
-    if len(lines) != shard.samples:
-        raise DamageError(f"its index {index.name} has {len(lines)} samples, {NAME} {shard.samples}")
     digest, offset = hashlib.sha256(), 0
-    extensions = (EXTENSIONS[manifest.codec], "labels", "target", "json")
-    with open(tar, "rb") as file:
-        for sample, line in enumerate(lines, first):
+    # A member's most bytes.
+    extensions = {EXTENSIONS[manifest.codec]: MAX_BYTES, "labels": manifest.bits, "target": 4, "json": MAX_JSON}
+    with open_regular(tar) as file:
+        for sample, line in enumerate(_index_lines(tar, shard.samples), first):
             contents = {}
-            for number, extension in enumerate(extensions):
+            for number, (extension, most) in enumerate(extensions.items()):
                 name = f"{sample:08}.{extension}"
                 size = line[number].size if number < len(line) else 0
                 if line[number : number + 1] != [Member(extension, offset + tarfile.BLOCKSIZE, size, name)]:
                     raise DamageError(f"{name}: its entry in the index {index.name} is wrong")
-                block = _read_member(file, name, size, most=shard.bytes)
+                if size > most:
+                    raise DamageError(f"{name}: has {size:,} bytes, over {most:,}")
+                block = _read_member(file, name, size)
                 digest.update(block)
                 contents[extension] = block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + size]
                 offset += len(block)
@@ -125,10 +122,25 @@ def _check_tar(tar: Path, shard: Shard, first: int, manifest: Manifest) -> None:
         raise DamageError(f"its size or SHA-256 differs from {NAME}, though each of its members is well-formed")
 
 
-def _read_member(file: BinaryIO, name: str, size: int, *, most: int) -> bytes:
-    """The next member with its header and padding; reads at most `most` bytes."""
+def _index_lines(tar: Path, samples: int) -> Iterator[list[Member]]:
+    """The members of each sample as the index lists them."""
+    index = tar.with_suffix(".idx")
+    try:
+        text = read_index(tar)
+        lines = parse_index(text)
+        if (count := text.count("\n") - 1) != samples:
+            raise DamageError(f"its index {index.name} has {count} samples, {NAME} {samples}")
+        yield from lines
+    except DamageError:
+        raise
+    except ValueError as error:
+        raise DamageError(f"its index {index.name} is damaged: {error}") from None
+
+
+def _read_member(file: BinaryIO, name: str, size: int) -> bytes:
+    """The next member with its header and padding."""
     length = tarfile.BLOCKSIZE + size + -size % tarfile.BLOCKSIZE
-    block = file.read(min(length, most))
+    block = file.read(length)
     if len(block) < length:
         raise DamageError(f"{name}: the tar ends within it")
     if block[: tarfile.BLOCKSIZE] != member_header(name, size):
@@ -142,14 +154,15 @@ def _check_sample(key: str, contents: dict[str, bytes], manifest: Manifest) -> N
     """Check the contents of a sample's members, by extension, against each other."""
     image = EXTENSIONS[manifest.codec]
     try:
-        check_image(contents[image], manifest)
-    except DamageError as damage:
+        open_stored(contents[image], manifest.codec, manifest.size)
+    except ImageError as damage:
         raise DamageError(f"{key}.{image}: {damage}") from None
     try:
         metadata = json.loads(contents["json"])
         fields, category, source = (metadata[name] for name in ("fields", "class", "source"))
-        whole = isinstance(source, str) and isinstance(fields, dict) and set(fields) <= set(manifest.fields)
-    except (ValueError, KeyError, TypeError):
+        whole = isinstance(fields, dict) and fields.keys() <= manifest.fields.keys()
+        whole = whole and all(isinstance(each, str) for each in (category, source, *fields.values()))
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise DamageError(f"{key}.json: is not an object with fields, class and source")
@@ -159,31 +172,9 @@ def _check_sample(key: str, contents: dict[str, bytes], manifest: Manifest) -> N
         raise DamageError(f"{key}.json: a value of its fields is not in {NAME}") from None
     if contents["labels"] != labels:
         raise DamageError(f"{key}.labels: are not the bits of the fields in {key}.json")
-    if category not in manifest.classes:
-        raise DamageError(f"{key}.json: its class is not in {NAME}")
-    if contents["target"] != struct.pack("<i", manifest.classes.index(category)):
-        raise DamageError(f"{key}.target: is not the class in {key}.json")
-
-
-def check_image(data: bytes, manifest: Manifest) -> None:
-    """Raise `DamageError` unless `data` is a whole grey image of the set's codec and size."""
-    if manifest.codec == "raw":
-        if len(data) != manifest.size**2:
-            raise DamageError(f"has {len(data):,} bytes, not {manifest.size}²")
-        return
-    size = (manifest.size, manifest.size)
     try:
-        opened = Image.open(io.BytesIO(data), formats=(manifest.codec.upper(),))
-        if manifest.codec == "png":
-            check_png(data)
-        if opened.mode != "L" or opened.size != size:
-            raise DamageError(
-                f"is {opened.width} x {opened.height} {opened.mode}, not {size[0]} x {size[1]} grey"
-            )
-        opened.load()
-    except DamageError:
-        raise
-    except ImageError as error:
-        raise DamageError(str(error)) from None
-    except Exception as error:  # damaged files raise errors of any type
-        raise DamageError(f"cannot be decoded as {manifest.codec}: {type(error).__name__}") from None
+        target = position(manifest.classes, category)
+    except ValueError:
+        raise DamageError(f"{key}.json: its class is not in {NAME}") from None
+    if contents["target"] != struct.pack("<i", target):
+        raise DamageError(f"{key}.target: is not the class in {key}.json")
