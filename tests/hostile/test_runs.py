@@ -85,7 +85,7 @@ def test_a_recorded_command_runs_only_if_it_is_repeated(finished, tmp_path, monk
     content["settings"]["shards"] = "pipe:touch PWNED; cat /dev/null {}"
     (given / "config.json").write_text(json.dumps(content))
     (given / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
-    with pytest.raises(InputError, match="repeat that to resume it, a recorded URL is not opened"):
+    with pytest.raises(InputError, match="repeat it with `shards` to resume, a recorded URL is not opened"):
         pretrain(run.settings_for({"out": str(given)}, resume=True), resume=True)
     assert not (tmp_path / "PWNED").exists()
     with pytest.raises(InputError):  # the manifest that the command prints is empty
