@@ -9,27 +9,39 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from shard_builder.atomic import replacing
+from shard_builder.files import read_regular
 from shard_builder.settings import InputError
 
 LOCK = ".lock"
+LARGEST_JSON = 2**28  # bytes
 
 
 @contextmanager
 def locked(folder: Path, activity: str) -> Iterator[None]:
     """Hold a folder's lock, for one writer at a time. The system releases it however the process ends.
 
-    `activity` names the work in the message. Raises `InputError` if another process holds the lock.
+    `activity` names the work in the message. Raises `InputError` if another process holds the lock, or if there can be
+    none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
+    path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is no lock: move it away, or choose another folder with `out`")
+    lock: BaseFileLock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
+        # Where the file system has no locks, the file itself is the lock, and it outlives the death of a machine.
+        left = f"; if none runs on any machine, remove {path}" if isinstance(lock, SoftFileLock) else ""
         raise InputError(
-            f"another {activity} is writing to {folder}: wait for it, or choose another folder with `out`"
+            f"another {activity} is writing to {folder}: wait for it, or choose another folder with `out`{left}"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be locked ({error.strerror}): choose another folder with `out`"
         ) from error
     try:
         yield
@@ -66,8 +78,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `InputError` if it is damaged."""
+    """The JSON object in a file. Raises `InputError` if it cannot be read, or is damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return dict(json.loads(read_regular(path, LARGEST_JSON).decode()))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): restore it, or move it away") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is no readable JSON object ({error}): restore it, or move it away") from error

@@ -147,7 +147,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state.
 
-        Raises AttributeError, IndexError, KeyError, RuntimeError, TypeError or ValueError where it does not fit.
+        Raises ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError or ValueError if it does not fit.
         """
         epoch, step = int(state["epoch"]), int(state["step"])
         if not (0 <= epoch <= self.config.epochs and 0 <= step <= self.steps):
