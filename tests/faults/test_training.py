@@ -275,7 +275,7 @@ trainer.pretrain(pretrain_config(json.loads(sys.argv[1])), resume=resume, overwr
 """
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(2, 2), pytest.param(20, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "epochs"), [(2, 3), pytest.param(20, 8, marks=pytest.mark.slow)])
 def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(shards, tmp_path, kills, epochs):
     """Each process is killed at a random moment after it has begun, also while it writes: it saves after each step."""
     changes = {"epochs": epochs, "checkpoint_minutes": 1e-9, "threads": 2, "store": "host"}
@@ -292,7 +292,7 @@ def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(shar
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"begun\n"
-        time.sleep(generator.uniform(0, 1.2 * seconds / kills))
+        time.sleep(generator.uniform(0, 0.6 * seconds / kills))
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it must be killed before it has finished"
         if (config.run / "checkpoint.pt").exists():
