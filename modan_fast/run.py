@@ -88,7 +88,7 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
     wanted = wanted.resolved(config.image_size or SMALLEST_IMAGE)
     for field in fields(PretrainConfig):
         name = field.name
-        may_change = field.metadata.get("changeable") and not (name == "epochs" and config.schedule == "cosine")
+        may_change = field.metadata.get("changeable") and not (name == "epochs" and config.schedule != "steps")
         before, now = getattr(config, name), getattr(wanted, name)
         if before != now and not may_change:
             raise InputError(
@@ -161,8 +161,9 @@ def save_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
         try:
             torch.save(dict(state), file)
         except RuntimeError as error:
-            # torch's writer hides the system's error behind one of its own.
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(error.__context__, OSError):  # torch's writer hides the system's error behind its own
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
 
 def save_run_encoder(config: PretrainConfig, encoder: Encoder, *, epoch: int, name: str = ENCODER) -> None:
     """Write the encoder of a run after `epoch` epochs as the file `name`."""
-    metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe, "stem": encoder.stem}
+    metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe}
     save_encoder(config.run / name, encoder, metadata)
 
 

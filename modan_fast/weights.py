@@ -1,14 +1,30 @@
-"""Anybody's weights: the tensors in a file's content, and their names matched to those of a network."""
+"""Anybody's weights: read from a file without running code in it, checked, and matched to a network by name."""
 
 from __future__ import annotations
 
+import os
 import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from shard_builder.settings import InputError
+
+LARGEST_FILE = 2**33  # bytes; the largest encoders in use have 4 GB
+INTEGERS = {
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+}  # of buffers that no encoder needs, such as counters
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher")  # under which a file may keep its weights
 PREFIXES = ("module.", "backbone.", "encoder.", "model.", "network.", "base_encoder.", "encoder_q.")
@@ -17,19 +33,71 @@ COUNT = "num_batches_tracked"  # older files lack it, and nothing here reads it
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
+class UnusableError(ValueError):
+    """A file holds no weights; the message gives the reason in our own words."""
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The named tensors in a .safetensors, .pth or .pt file, on the CPU. No code in the file runs.
+
+    Raises `UnusableError` for anything else.
+    """
+    if not os.path.isfile(path):
+        raise UnusableError("it is no file")
+    if _unpacked_size(path) > LARGEST_FILE:
+        raise UnusableError(f"it has over {LARGEST_FILE >> 30} GiB")
+    try:
+        if path.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(path)
+        else:
+            # The file is mapped, so that what is not used costs no memory; old files cannot be.
+            mapped = zipfile.is_zipfile(path)
+            weights = tensors_in(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except UnusableError:
+        raise
+    except (
+        Exception
+    ) as error:  # the libraries raise anything, and torch's message advises to run code from the file
+        reason = "no safetensors file" if path.suffix == ".safetensors" else "no file of tensors alone"
+        raise UnusableError(f"it is {reason}, or damaged") from error
+    for name, value in weights.items():
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_neg()
+        number = value.dtype in FLOATS or (name.endswith(COUNT) and value.dtype == torch.int64)
+        if not (plain and value.device.type == "cpu" and (number or value.dtype in INTEGERS)):
+            raise UnusableError(f"{name[:100]} is {value.dtype}, {value.layout}, {value.device}")
+    return weights
+
+
+def _unpacked_size(path: Path) -> int:
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(part.file_size for part in archive.infolist()))
+    return size
+
+
+def check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `InputError` that names the first of an encoder's weights, read from `path`, that is not finite."""
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path} holds weights that are not finite ({name}): its pretraining diverged")
+
+
 def tensors_in(content: Any) -> dict[str, Tensor]:
     """The named tensors of a checkpoint: those at its top, or those of the first of `CONTAINERS` in it.
 
-    Entries of other types are left out. Raises ValueError if there are no tensors.
+    Entries of other types are left out. Raises `UnusableError` if there are no tensors.
     """
-    while isinstance(content, Mapping):
+    for _ in range(len(CONTAINERS)):
+        if not isinstance(content, Mapping):
+            break
         found = {
             name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
         }
         if found:
             return found
         content = next((content[name] for name in CONTAINERS if name in content), None)
-    raise ValueError("it holds no named tensors, at its top or under " + ", ".join(CONTAINERS))
+    raise UnusableError("it holds no named tensors, at its top or under " + ", ".join(CONTAINERS))
 
 
 @dataclass(frozen=True)
