@@ -59,7 +59,7 @@ def main() -> None:
     task = task_of(arguments.images)
     config = EvaluateConfig(init=("scratch",), epochs=arguments.epochs).resolved()
     fold_runs = [FoldRun(repeat, fold) for repeat in range(1, arguments.repeats + 1) for fold in range(1, 6)]
-    shape = (arguments.images, Encoder.num_features)
+    shape = (arguments.images, Encoder().num_features)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     features = (noise + 0.1 * torch.from_numpy(task.labels)[:, None]).to(device)
 

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modan_fast.api import build_shards, evaluate, pretrain, write_report
     from modan_fast.config import Augmentation
-    from modan_fast.encoders import Encoder, load_encoder
+    from modan_fast.encoders import Architecture, Encoder
     from modan_fast.loader import Batch, Loader, open_loader
     from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
+    from modan_fast.pretrained import load_encoder
     from shard_builder.settings import InputError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Architecture",
     "Augmentation",
     "Batch",
     "Encoder",
@@ -38,9 +40,10 @@ __all__ = [
 _MODULES = {
     "modan_fast.api": ("build_shards", "evaluate", "pretrain", "write_report"),
     "modan_fast.config": ("Augmentation",),
-    "modan_fast.encoders": ("Encoder", "load_encoder"),
+    "modan_fast.encoders": ("Architecture", "Encoder"),
     "modan_fast.loader": ("Batch", "Loader", "open_loader"),
     "modan_fast.losses": ("MulSupConLoss", "NTXentLoss", "SupConLoss"),
+    "modan_fast.pretrained": ("load_encoder",),
     "shard_builder.settings": ("InputError",),
 }
 

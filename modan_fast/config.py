@@ -18,7 +18,8 @@ import yaml
 from shard_builder.settings import InputError, check_settings, literal_words, option
 
 Method = Literal["mulsupcon", "simclr", "supcon", "supervised"]
-Recipe = Literal["paper", "released-code"]
+Recipe = Literal["paper", "released-code"]  # of an evaluation, and of pretraining:
+PretrainRecipe = Literal["paper", "released-code", "vit"]
 Stem = Literal["3x3", "7x7"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "fp16", "bf16"]
@@ -79,7 +80,9 @@ class PretrainConfig:
     """
 
     method: Method = option("mulsupcon", "Pretraining method.")
-    recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
+    recipe: PretrainRecipe = option(
+        "paper", "Named settings: the paper's text, the code its authors released, or what a ViT needs to train."
+    )
     shards: str = option(
         "shards",
         "Shard set to train on, as `modan-fast shard` writes it: a folder, or a URL (https://host/set, gs://, hf://, "
@@ -97,13 +100,30 @@ class PretrainConfig:
         least=SMALLEST_IMAGE,
         most=LARGEST_IMAGE,
     )
-    stem: Stem = option("3x3", "First convolution: 3x3 with stride 1, or 7x7 with stride 2.", recipe=True)
+    encoder: str = option(
+        "resnet18",
+        "Network: resnet18 (torchvision's), or timm/NAME for a model of the timm library.",
+        recipe=True,
+    )
+    stem: Stem = option(
+        "3x3", "First convolution of resnet18: 3x3 with stride 1, or 7x7 with stride 2.", recipe=True
+    )
     channels: int = option(
         1, "Input channels of the encoder: 1, or 3 equal ones for programs that expect RGB. Images are grey."
     )
     start_from: Literal["random", "imagenet"] = option("random", "Initial weights of the encoder.", recipe=True)
     imagenet_weights: Path | None = option(
         None, "File of torchvision's ResNet-18 weights, to start from ImageNet without a download."
+    )
+    init_from: str | None = option(
+        None,
+        "Weights to start from, of the same encoder: a run folder, a file, ENCODER=FILE for another program's file, or "
+        "timm/NAME for published weights.",
+    )
+    normalize: bool = option(
+        False,
+        "Give the encoder what its published weights expect: three channels, minus their mean, over their standard "
+        "deviation. For `init_from`.",
     )
     sum_filters: bool = option(
         True,
@@ -118,16 +138,31 @@ class PretrainConfig:
         least=0,
         most=1,
     )
-    optimizer: Literal["sgd", "adam"] = option("sgd", "Optimiser.", recipe=True)
+    instance_weight: float = option(
+        0.0,
+        "Weight of NT-Xent, added to mulsupcon or supcon on the same embeddings: keeps images of one label apart.",
+        recipe=True,
+        least=0,
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "Optimiser.", recipe=True)
     lr: float = option(0.05, "Learning rate after the warm-up.", recipe=True, above=0)
     momentum: float = option(0.9, "Momentum of SGD.", recipe=True, least=0, below=1)
     weight_decay: float = option(1e-4, "Weight decay.", recipe=True, least=0)
+    decay_all: bool = option(
+        True, "Decay every parameter; else norms, biases and positions are left alone.", recipe=True
+    )
+    clip_norm: float | None = option(
+        None, "Largest norm of the gradient of all parameters; larger ones are scaled down.", recipe=True, above=0
+    )
+    drop_path: float = option(0.0, "Rate of stochastic depth of a timm/ encoder.", recipe=True, least=0, below=1)
     warmup_epochs: int = option(
         3, "Epochs in which the learning rate rises linearly to its full value.", recipe=True, least=0
     )
     warmup_from: float = option(0.01, "Learning rate at the first step of the warm-up.", recipe=True, least=0)
-    schedule: Literal["steps", "cosine"] = option(
-        "steps", "Decay: a tenth at each milestone, or a cosine over all epochs.", recipe=True
+    schedule: Literal["steps", "cosine", "warmup-cosine"] = option(
+        "steps",
+        "Decay after the warm-up: a tenth at each milestone, or half a cosine (warmup-cosine); cosine has no warm-up.",
+        recipe=True,
     )
     milestones: tuple[float, ...] = option(
         (0.7, 0.8, 0.9),
@@ -168,6 +203,16 @@ class PretrainConfig:
         least=1,
         most=MOST_THREADS,
     )
+    micro_batch: int | None = option(
+        None,
+        "Images that are computed at a time, to save memory; the loss is still that of the whole batch. Takes about a "
+        "third more time; batch-norm sees a micro-batch.",
+        least=2,
+        why="batch-norm needs two images",
+    )
+    checkpoint_activations: bool = option(
+        False, "Compute activations of a timm/ encoder again instead of keeping them: less memory, more time."
+    )
     checkpoint_every: int = option(10, "Epochs between two checkpoints.", changeable=True, least=1)
     checkpoint_minutes: float | None = option(
         10.0, "Minutes between two checkpoints at most, also within an epoch.", changeable=True, above=0
@@ -181,6 +226,10 @@ class PretrainConfig:
             raise InputError(
                 f"`milestones` must be shares of the epochs below 1 or whole epochs, got {self.milestones}"
             )
+        if self.instance_weight and self.method not in ("mulsupcon", "supcon"):
+            raise InputError(f"`instance_weight` is for mulsupcon and supcon, not {self.method}: leave it out")
+        if self.init_from and self.start_from == "imagenet":
+            raise InputError("`init_from` and `start_from=imagenet` contradict each other: pass one of them")
         if self.imagenet_weights and self.start_from != "imagenet":
             raise InputError("`imagenet_weights` needs `start_from=imagenet`: pass both, or neither")
 
@@ -211,7 +260,9 @@ class EvaluateConfig:
         Path("task"), "Task: images with dataframe/*_{train,val,test}_fold{1..5}.csv, or two class folders."
     )
     init: tuple[str, ...] = option(
-        (), "Encoder to judge: a run folder, an encoder file, scratch, or imagenet. Repeatable."
+        (),
+        "Encoder to judge: a run folder, a file of weights, ENCODER=FILE for another program's (as "
+        "timm/densenet121=FILE), timm/NAME for published weights, scratch, or imagenet. Repeatable.",
     )
     protocol: tuple[Protocol, ...] = option(("finetune", "probe"), "Protocol; both by default. Repeatable.")
     recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
@@ -245,7 +296,13 @@ class EvaluateConfig:
     model_selection: Literal["lowest-val-loss", "last-epoch"] = option(
         "lowest-val-loss", "Which epoch of a training is judged.", recipe=True
     )
-    stem: Stem = option("3x3", "First convolution of `scratch` and `imagenet`.", recipe=True)
+    encoder: str = option("resnet18", "Network of `scratch`: resnet18, or timm/NAME.", recipe=True)
+    stem: Stem = option("3x3", "First convolution of a resnet18 as `scratch` or `imagenet`.", recipe=True)
+    normalize: bool = option(
+        True,
+        "Give weights of other programs the mean and standard deviation that they were trained with.",
+        recipe=True,
+    )
     sum_filters: bool = option(
         True,
         "Give `imagenet` the sum of its first convolution's RGB filters; else that convolution is random.",

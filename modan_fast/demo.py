@@ -16,9 +16,10 @@ from modan_fast.augment import view_parameters
 from modan_fast.config import Augmentation
 from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.probe import apply_to_all
-from modan_fast.encoders import Encoder, load_encoder
+from modan_fast.encoders import Encoder
 from modan_fast.folder import LOCK, check_writable, locked
 from modan_fast.phantom import phantom_archive, phantom_plan, phantom_task
+from modan_fast.pretrained import load_encoder
 from modan_fast.recipes import evaluate_config, pretrain_config
 from modan_fast.render import render_view
 from modan_fast.report.figures import contact_sheet, embedding

@@ -1,76 +1,250 @@
-"""What an encoder is (network, stem, channels, feature size, input scale), and how its weights are read and written.
+"""What an encoder is (network, input, feature size), and how it is built and saved.
 
 N images, C channels, H x W pixels, F features.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-import zipfile
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision.models import resnet18
 
 from modan_fast.config import Stem
+from modan_fast.weights import LARGEST_FILE
 from shard_builder.atomic import replacing
 from shard_builder.settings import InputError
 
 FILE = "encoder.safetensors"  # in a run folder
-LARGEST_FILE = 2**29  # bytes; a ResNet-18 has 90 MB in float64
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-COUNT = "num_batches_tracked"  # the end of a name; torch's batch-norm has this integer, which nothing here reads
+RESNET18, TIMM = "resnet18", "timm/"
 FIRST = "conv1.weight"
-TORCHVISION = Path("torchvision")  # stands for ImageNet's weights where no file was named
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KERNELS: dict[Stem, tuple[int, int]] = {
     "3x3": (3, 1),
     "7x7": (7, 2),
 }  # kernel and stride of the first convolution
 
 
-class Encoder(nn.Module):
-    """A ResNet-18 that maps grey images (N, 1, H, W) in [0, 1] to features (N, num_features).
+@dataclass(frozen=True)
+class Architecture:
+    """Which network an encoder is, and what it is given.
 
-    It is torchvision's network with `fc` the identity and another first convolution, its `stem`: `7x7` with stride 2 as
-    torchvision builds it, or `3x3` with stride 1 as the paper has it. The max-pool stays. Grey images are repeated for
-    each of `channels`. New weights are sampled from torch's global generator.
+    `name` is `resnet18`, which is torchvision's, or `timm/NAME` for a model of the timm library. Only the first has a
+    `stem`: `7x7` with stride 2 as torchvision builds it, or `3x3` with stride 1 as the paper has it. A network whose
+    input has a fixed size, such as a ViT, is built for `image_size`. Its input is (pixels / 255 - mean) / std, with one
+    value for all channels or one for each. `drop_path` is the rate of stochastic depth while it trains.
     """
 
-    num_features = 512
+    name: str = RESNET18
+    stem: Stem | None = "3x3"
+    channels: int = 1
+    image_size: int | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    drop_path: float = 0.0
 
-    def __init__(self, stem: Stem = "3x3", channels: int = 1) -> None:
+    @property
+    def normalises(self) -> bool:
+        """Whether the input is changed at all."""
+        return any(self.mean) or any(value != 1 for value in self.std)
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the network takes images of one size only."""
+        return self.name != RESNET18 and bool(timm_config(self.name).get("fixed_input_size"))
+
+    @classmethod
+    def of(cls, name: str, *, image_size: int | None = None, **values: Any) -> Architecture:
+        """The architecture of that name, with `image_size` only where it matters. Raises `InputError` if unknown."""
+        check_name(name)
+        built = cls(name, **values)
+        if name != RESNET18:
+            built = replace(built, stem=None)
+        return replace(built, image_size=image_size) if built.fixed_size else built
+
+
+def described(architecture: Architecture) -> str:
+    """The network and its input in words, as `resnet18 with a 7x7 stem and 1 channel`."""
+    stem = f"a {architecture.stem} stem and " if architecture.stem else ""
+    size = f" of {architecture.image_size} px" if architecture.image_size else ""
+    normalised = ", normalised" if architecture.normalises else ""
+    channels = f"{architecture.channels} channel{'s' * (architecture.channels > 1)}"
+    return f"{architecture.name} with {stem}{channels}{size}{normalised}"
+
+
+def check_name(name: str) -> None:
+    """Raise `InputError` if there is no encoder of that name."""
+    import timm
+
+    if name == RESNET18 or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM))):
+        return
+    close = difflib.get_close_matches(name.removeprefix(TIMM), [RESNET18, *timm.list_models()], 3)
+    similar = (
+        f"; similar: {', '.join(each if each == RESNET18 else TIMM + each for each in close)}" if close else ""
+    )
+    raise InputError(
+        f"`encoder={name}` must be resnet18 or timm/NAME, NAME as timm.list_models() has it{similar}"
+    )
+
+
+def timm_config(name: str) -> dict[str, Any]:
+    """What timm knows of a model's published weights: mean, std, input size, first convolution."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+    return config.to_dict() if config else {}
+
+
+def published_architecture(
+    name: str, *, image_size: int | None = None, normalize: bool = True, **values: Any
+) -> Architecture:
+    """The architecture of a network's published weights: three channels, and if `normalize` their mean and deviation.
+
+    A network whose size is fixed gets that of the weights, unless `image_size` says otherwise. Raises `InputError` for
+    an unknown name.
+    """
+    check_name(name)
+    config = timm_config(name) if name != RESNET18 else {}
+    if normalize:
+        values |= {
+            "mean": tuple(config.get("mean", IMAGENET_MEAN)),
+            "std": tuple(config.get("std", IMAGENET_STD)),
+        }
+    if name == RESNET18:
+        values = {"stem": "7x7", **values}
+    size = image_size or config.get("input_size", (3, 224, 224))[-1]
+    return Architecture.of(name, image_size=size, channels=3, **values)
+
+
+class Encoder(nn.Module):
+    """A network that maps grey images (N, 1, H, W) in [0, 1] to features (N, num_features).
+
+    Grey images are repeated for each of the architecture's channels, then normalised as it says. A ResNet-18 is
+    torchvision's with `fc` the identity; its max-pool stays. New weights are sampled from torch's global generator.
+    Raises `InputError` if timm has no such network, or none with these settings.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, architecture: Architecture | Stem = Architecture()) -> None:
         super().__init__()
-        self.stem, self.channels = stem, channels
-        self.network = resnet18(weights=None)
-        kernel, stride = KERNELS[stem]
-        # With torch's default initialisation, as in the released code, which replaces this layer, too.
-        self.network.conv1 = nn.Conv2d(channels, 64, kernel, stride, padding=kernel // 2, bias=False)
-        self.network.fc = nn.Identity()
+        if isinstance(architecture, str):
+            architecture = Architecture(stem=architecture)
+        self.architecture = architecture
+        self.network, self.num_features = _network(architecture)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(architecture, name), device="cpu").view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.network(images.expand(-1, self.channels, -1, -1))
+        images = images.expand(-1, self.architecture.channels, -1, -1)
+        if self.architecture.normalises:
+            images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.network(images)
         return features
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers under torchvision's names, without `fc`."""
+        """Parameters and buffers under torchvision's or timm's names, without a classifier."""
         return self.network.state_dict()
+
+    @property
+    def not_decayed(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone in the network's own recipe, such as a ViT's positions."""
+        names = self.network.no_weight_decay() if hasattr(self.network, "no_weight_decay") else ()
+        return set(names)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over `weights`; raises RuntimeError where names or shapes differ."""
         self.network.load_state_dict(weights)
 
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them: less memory, more time.
+
+        Raises `InputError` if the network does not offer it.
+        """
+        if not hasattr(self.network, "set_grad_checkpointing"):
+            raise InputError(f"{self.architecture.name} cannot checkpoint activations: choose a timm/ encoder")
+        self.network.set_grad_checkpointing(True)
+
+    def resized(self, image_size: int) -> Encoder:
+        """This encoder for images of another size: itself, or a copy with resampled positions if its size is fixed.
+
+        Raises `InputError` if the network cannot be resized.
+        """
+        if not self.architecture.fixed_size or self.architecture.image_size == image_size:
+            return self
+        resized = Encoder(self.architecture)
+        resized.load_weights(self.weights)
+        resized.architecture = replace(self.architecture, image_size=image_size)
+        try:
+            resized.network.set_input_size(img_size=image_size)
+        except Exception as error:  # timm asserts, or has no such method
+            raise InputError(
+                f"{self.architecture.name} takes images of {self.architecture.image_size} px only, not {image_size} "
+                f"({error}): pass `image_size={self.architecture.image_size}`"
+            ) from error
+        return resized.train(self.training)
+
+
+def _network(architecture: Architecture) -> tuple[Any, int]:
+    """The network and its feature size."""
+    if architecture.name == RESNET18:
+        assert architecture.stem is not None
+        resnet = resnet18(weights=None)
+        kernel, stride = KERNELS[architecture.stem]
+        # With torch's default initialisation, as in the released code, which replaces this layer, too.
+        resnet.conv1 = nn.Conv2d(architecture.channels, 64, kernel, stride, padding=kernel // 2, bias=False)
+        resnet.fc = nn.Identity()
+        return resnet, 512
+    import timm
+
+    settings: dict[str, Any] = {"in_chans": architecture.channels, "num_classes": 0}
+    if architecture.image_size:
+        settings["img_size"] = architecture.image_size
+    if architecture.drop_path:
+        settings["drop_path_rate"] = architecture.drop_path
+    try:
+        network: Any = timm.create_model(architecture.name.removeprefix(TIMM), pretrained=False, **settings)
+        return network, int(getattr(network, "head_hidden_size", None) or network.num_features)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        wanted = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise InputError(
+            f"timm builds no {architecture.name} with {wanted} ({error}): choose other ones"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def shapes_of(architecture: Architecture) -> dict[str, torch.Size]:
+    """The shapes of an encoder's weights, found without memory for them."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in Encoder(architecture).weights.items()}
+
 
 def preprocessing(encoder: Encoder, image_size: int | None) -> dict[str, Any]:
-    """The input that an encoder of ours was trained on: pixels / 255, then (x - mean) / std, which changes nothing."""
-    return {"image_size": image_size, "channels": encoder.channels, "mean": 0.0, "std": 1.0}
+    """The input that an encoder expects: pixels / 255 of grey images, then (x - mean) / std in each channel."""
+    architecture = encoder.architecture
+
+    def plain(values: tuple[float, ...]) -> float | list[float]:
+        return values[0] if len(values) == 1 else list(values)
+
+    return {
+        "image_size": image_size,
+        "channels": architecture.channels,
+        "mean": plain(architecture.mean),
+        "std": plain(architecture.std),
+    }
 
 
 def encoder_file(source: str | Path) -> Path:
@@ -78,18 +252,25 @@ def encoder_file(source: str | Path) -> Path:
     path = Path(source)
     path = path / FILE if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        raise InputError(f"no encoder at {path}: name a run folder of `modan-fast pretrain`, scratch or imagenet")
+        raise InputError(
+            f"no encoder at {path}: name a run folder of `modan-fast pretrain`, a file of weights, timm/NAME=FILE, "
+            "scratch or imagenet"
+        )
     if os.path.getsize(path) > LARGEST_FILE:
         raise InputError(
-            f"{path} has over {LARGEST_FILE >> 20} MiB, more than a ResNet-18: give the weights of one"
+            f"{path} has over {LARGEST_FILE >> 30} GiB, more than an encoder: give the weights of one"
         )
     return path
 
 
 def save_encoder(path: Path, encoder: Encoder, metadata: Mapping[str, str]) -> None:
-    """Write the weights as safetensors; equal weights and metadata give equal bytes."""
+    """Write the weights as safetensors; equal weights and metadata give equal bytes.
+
+    The architecture is written as the metadata `architecture`, in JSON.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in encoder.weights.items()}
-    content = safetensors.torch.save(tensors, dict(metadata))
+    metadata = {**metadata, "architecture": json.dumps(asdict(encoder.architecture))}
+    content = safetensors.torch.save(tensors, metadata)
     # The library writes the metadata in a random order. The first 8 bytes are the header's length.
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -106,164 +287,3 @@ def encoder_metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (InputError, OSError, safetensors.SafetensorError):
         return {}
-
-
-def load_encoder(source: str | Path) -> Encoder:
-    """The encoder of a run folder or a safetensors file, for grey images, in evaluation mode.
-
-    The stem is read off the weights. A three-channel encoder becomes an equivalent one-channel encoder: the filters of
-    its first convolution are summed. Raises `InputError` if there is no file, if it is not a ResNet-18's, and for
-    weights that are not finite.
-    """
-    path = encoder_file(source)
-    try:
-        weights: dict[str, Tensor] = safetensors.torch.load_file(path)
-    except Exception as error:  # the library raises its own error, OSError, KeyError for a type it cannot name, …
-        reason = str(error)[:200]
-        raise InputError(
-            f"{path} is no readable safetensors file ({reason}): give one, or the folder of a run"
-        ) from error
-    weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    _check_types(weights, path)
-    stem = _stem_of(weights)
-    if stem is None:
-        raise InputError(f"{path} holds no ResNet-18 with a 3x3 or 7x7 stem: give the weights of one")
-    wanted = _shapes(stem, channels=weights[FIRST].shape[1])
-    for name in sorted(wanted.keys() | weights.keys()):
-        have, want = weights.get(name), wanted.get(name)
-        if have is None or want is None or have.shape != want:
-            found = (
-                "lacks" if have is None else "has an extra" if want is None else f"has {tuple(have.shape)} for"
-            )
-            raise InputError(f"{path} is no ResNet-18: it {found} {name[:100]}")
-    weights[FIRST] = weights[FIRST].float().sum(1, keepdim=True)
-    with torch.device("meta"):  # no random weights, which would be replaced
-        encoder = Encoder(stem)
-    encoder = encoder.to_empty(device="cpu")
-    encoder.load_weights(weights)
-    _check_finite(encoder, path)
-    return encoder.eval()
-
-
-@lru_cache(maxsize=8)
-def _shapes(stem: Stem, channels: int) -> dict[str, torch.Size]:
-    """The shapes of an encoder's weights, found without memory for them."""
-    with torch.device("meta"):
-        return {name: value.shape for name, value in Encoder(stem, channels).weights.items()}
-
-
-def _check_types(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `InputError` that names the first of `weights` that is no plain tensor of floating-point numbers."""
-    for name, value in weights.items():
-        plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_neg()
-        number = value.dtype in FLOATS or (name.endswith(COUNT) and value.dtype == torch.int64)
-        if not (plain and number and value.device.type == "cpu"):
-            kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
-            raise InputError(
-                f"{path}: {name[:100]} is no tensor of floating-point numbers ({kind}): give weights"
-            )
-
-
-def _check_finite(encoder: Encoder, path: Path) -> None:
-    for name, value in encoder.weights.items():
-        if not value.isfinite().all():
-            raise InputError(f"{path} holds weights that are not finite ({name}): its pretraining diverged")
-
-
-def _stem_of(weights: Mapping[str, Tensor]) -> Stem | None:
-    """The stem that has a first convolution of this shape; None for another architecture."""
-    shape = tuple(weights[FIRST].shape) if FIRST in weights else ()
-    found = next((stem for stem, (kernel, _) in KERNELS.items() if shape[2:] == (kernel, kernel)), None)
-    return found if 0 not in shape else None
-
-
-def imagenet_encoder(path: Path | None, stem: Stem, *, sum_filters: bool, channels: int = 1) -> Encoder:
-    """An encoder with ImageNet's weights: those in the file `path`, by default torchvision's.
-
-    The first convolution has three channels there. For one channel the three filters are summed, which is what a grey
-    image in RGB would see. It stays random where `sum_filters` is off (as in the released code) and where the stem has
-    another shape. Raises `InputError` where there are no weights, or none of a ResNet-18.
-    """
-    encoder = Encoder(stem, channels)
-    weights = imagenet_weights(path)
-    try:
-        encoder.load_weights(_fitted(weights, encoder.weights, sum_filters=sum_filters))
-    except RuntimeError as error:  # other names or shapes
-        raise _unusable(path, error) from error
-    _check_finite(encoder, path or TORCHVISION)
-    return encoder
-
-
-def _fitted(
-    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, sum_filters: bool
-) -> dict[str, Tensor]:
-    """ImageNet's `weights` without `fc`, and with a first convolution of the shape in `wanted`."""
-    given = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    random, first = wanted[FIRST], given.get(FIRST, torch.empty(0))
-    # Compared before anything is computed: a shape may be larger than the memory, without a value behind it.
-    fits = first.shape[:1] + first.shape[2:] == random.shape[:1] + random.shape[2:] and 1 <= first.shape[1] <= 4
-    if fits and sum_filters and random.shape[1] == 1:
-        first = first.float().sum(1, keepdim=True)
-    if first.shape != random.shape or (random.shape[1] == 1 and not sum_filters):
-        first = random
-    given[FIRST] = first
-    for name in wanted.keys() - given.keys():
-        # Weights from before torch 0.4.1 do not count batches; nothing here reads the count.
-        if name.endswith(COUNT):
-            given[name] = wanted[name]
-    return given
-
-
-def cached_imagenet() -> Path:
-    """Where torchvision keeps its ImageNet weights once they are downloaded."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(ResNet18_Weights.IMAGENET1K_V1.url).name
-
-
-def imagenet_weights(path: Path | None) -> dict[str, Tensor]:
-    """The tensors in a file, by default torchvision's for ImageNet, which are downloaded.
-
-    No code in the file runs. Raises `InputError` if there are no weights, or others than plain ones.
-    """
-    try:
-        if path is None:
-            weights = dict(ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False))
-        else:
-            _check_size(path)
-            if path.suffix == ".safetensors":
-                weights = safetensors.torch.load_file(path)
-            else:
-                weights = torch.load(path, map_location="cpu", weights_only=True)
-        # A tensor may be larger than the memory, and is not to be walked through.
-        if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-        ):
-            raise TypeError("not every entry is a named tensor")
-        if sum(value.nbytes for value in weights.values()) > LARGEST_FILE:
-            raise ValueError("too large")
-    except Exception as error:  # a file may be anything, and a download may fail in any way
-        raise _unusable(path, error) from error
-    _check_types(weights, path or TORCHVISION)
-    return weights
-
-
-def _check_size(path: Path) -> None:
-    """Raise ValueError if `path` is no file, or one that fills the memory, also once it is unpacked."""
-    if not os.path.isfile(path):
-        raise ValueError("no file")
-    size = os.path.getsize(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = max(size, sum(part.file_size for part in archive.infolist()))
-    if size > LARGEST_FILE:
-        raise ValueError("too large")
-
-
-def _unusable(path: Path | None, error: Exception) -> InputError:
-    if path is None:
-        reason = " ".join(str(error).split())[:200]
-        return InputError(
-            f"torchvision's ImageNet weights cannot be fetched ({reason}): download resnet18-f37072fd.pth and name it "
-            "with `imagenet_weights`"
-        )
-    # torch's own message about an unreadable file advises to run code from it.
-    return InputError(f"{path} holds no weights of torchvision's ResNet-18: name resnet18-f37072fd.pth")

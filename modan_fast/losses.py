@@ -68,13 +68,20 @@ class Pull(torch.autograd.Function):
         return 2 * gradient * pulled_ND, None
 
 
-def contrast(embeddings_VD: Tensor, weight_NN: Tensor, positives_N: Tensor, temperature: float) -> Tensor:
+def contrast(
+    embeddings_VD: Tensor,
+    weight_NN: Tensor,
+    positives_N: Tensor,
+    temperature: float,
+    instance_weight: float = 0.0,
+) -> Tensor:
     """Mean over anchors of the weighted cross-entropy between an anchor's positives and its softmax.
 
     `weight_NN` holds the weights of pairs of images: symmetric, 0 for a negative, and 1 on the diagonal, because the
     other view of an anchor's own image always weighs 1. `positives_N` counts an image's positive images, itself
     included. The sum over an anchor's positives is divided by their count (Eq. 3 of ModAn-MulSupCon; Eq. 2 of Khosla et
-    al. 2020 if all weights are 1).
+    al. 2020 if all weights are 1). `instance_weight` times NT-Xent of the same embeddings at the same temperature is
+    added; it shares the softmax, so it needs no further product of all pairs.
     """
     z_VD = F.normalize(embeddings_VD, dim=1)
     log_total_V = LogTotal.apply(z_VD * temperature**-0.5)
@@ -86,7 +93,12 @@ def contrast(embeddings_VD: Tensor, weight_NN: Tensor, positives_N: Tensor, temp
     pull = Pull.apply(first_ND + second_ND, weight_NN * (share_N[:, None] + share_N) / 2)
     # `pull` includes each anchor paired with itself; subtract those terms.
     itself = (share_N.repeat(2) * (z_VD * z_VD).sum(1)).sum()
-    return (((share_N * total_N).repeat(2) * log_total_V).sum() - (pull - itself) / temperature) / len(z_VD)
+    share_of_total_V = (share_N * total_N).repeat(2)
+    pull = pull - itself
+    if instance_weight:
+        share_of_total_V = share_of_total_V + instance_weight
+        pull = pull + 2 * instance_weight * (first_ND * second_ND).sum()
+    return ((share_of_total_V * log_total_V).sum() - pull / temperature) / len(z_VD)
 
 
 def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,9 +112,11 @@ def _checked(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return embeddings, labels.to(embeddings.dtype)
 
 
-def _check_temperature(temperature: float) -> None:
+def _check(temperature: float, instance_weight: float = 0.0) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be above 0 and finite, got {temperature}")
+    if not 0 <= instance_weight < math.inf:
+        raise ValueError(f"`instance_weight` must be at least 0 and finite, got {instance_weight}")
 
 
 class MulSupConLoss(nn.Module):
@@ -110,9 +124,11 @@ class MulSupConLoss(nn.Module):
 
     A pair is positive if the Jaccard similarity of its label sets is at least `threshold`, in [0, 1], and is weighted
     with that similarity. With a threshold of 0 every pair is positive; pairs of weight 0 count as positives, too.
+    `instance_weight` times NT-Xent of the same embeddings, at the same temperature, is added.
 
     Call with `embeddings` (2N, D), floating point, of any scale, and `labels` (N, K), 0/1; returns a scalar. Raises
-    ValueError if the shapes do not fit, `temperature` is not above 0 or `threshold` is outside [0, 1].
+    ValueError if the shapes do not fit, `temperature` is not above 0, `threshold` is outside [0, 1] or
+    `instance_weight` is negative.
 
     Examples:
         >>> loss = MulSupConLoss()
@@ -120,13 +136,14 @@ class MulSupConLoss(nn.Module):
         True
     """
 
-    def __init__(self, temperature: float = 0.07, threshold: float = 0.3) -> None:
+    def __init__(self, temperature: float = 0.07, threshold: float = 0.3, instance_weight: float = 0.0) -> None:
         super().__init__()
-        _check_temperature(temperature)
+        _check(temperature, instance_weight)
         if not 0 <= threshold <= 1:
             raise ValueError(f"`threshold` must be in [0, 1], got {threshold}")
         self.temperature = temperature
         self.threshold = threshold
+        self.instance_weight = instance_weight
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -134,19 +151,21 @@ class MulSupConLoss(nn.Module):
             overlap_NN = jaccard(labels_NK).fill_diagonal_(1)
             positive_NN = overlap_NN >= self.threshold
             positives_N = positive_NN.sum(1, dtype=overlap_NN.dtype)
-            return contrast(embeddings_VD, overlap_NN.where(positive_NN, 0), positives_N, self.temperature)
+            weight_NN = overlap_NN.where(positive_NN, 0)
+            return contrast(embeddings_VD, weight_NN, positives_N, self.temperature, self.instance_weight)
 
 
 class SupConLoss(nn.Module):
     """Supervised contrastive loss (Khosla et al. 2020, Eq. 2): positives are images with an equal label row.
 
-    Called as `MulSupConLoss`.
+    Called as `MulSupConLoss`, also with an `instance_weight`.
     """
 
-    def __init__(self, temperature: float = 0.07) -> None:
+    def __init__(self, temperature: float = 0.07, instance_weight: float = 0.0) -> None:
         super().__init__()
-        _check_temperature(temperature)
+        _check(temperature, instance_weight)
         self.temperature = temperature
+        self.instance_weight = instance_weight
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -154,7 +173,8 @@ class SupConLoss(nn.Module):
             count_N = labels_NK.sum(1)
             differing_NN = count_N[:, None] + count_N - 2 * labels_NK @ labels_NK.T
             equal_NN = (differing_NN == 0).to(labels_NK.dtype)
-            return contrast(embeddings_VD, equal_NN, equal_NN.sum(1), self.temperature)
+            positives_N = equal_NN.sum(1)
+            return contrast(embeddings_VD, equal_NN, positives_N, self.temperature, self.instance_weight)
 
 
 class NTXentLoss(nn.Module):
@@ -166,7 +186,7 @@ class NTXentLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.10) -> None:
         super().__init__()
-        _check_temperature(temperature)
+        _check(temperature)
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from shard_builder.atomic import naming
+
 LOOK_EVERY = 1.0  # seconds between two looks at the loss: reading it makes the host wait for the device
 
 Item = TypeVar("Item")
@@ -30,7 +32,7 @@ class JsonlLogger:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Logger.log`."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": step, **metrics}) + "\n")
 
 

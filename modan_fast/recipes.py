@@ -6,10 +6,11 @@ of the two tables.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from modan_fast.config import EvaluateConfig, Method, PretrainConfig, Recipe, changed
+from modan_fast.config import EvaluateConfig, Method, PretrainConfig, PretrainRecipe, Recipe, changed
 
 _SIMCLR = {
     "temperature": 0.1,
@@ -33,7 +34,22 @@ _RELEASED = {
     "augmentation.scale": (0.08, 1.0),
 }
 
-PRETRAIN: dict[tuple[Method, Recipe], Mapping[str, Any]] = {
+_VIT = {
+    "encoder": "timm/vit_small_patch16_224",
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "weight_decay": 0.05,
+    "decay_all": False,
+    "clip_norm": 1.0,
+    "drop_path": 0.1,
+    "schedule": "warmup-cosine",
+    "warmup_epochs": 10,
+    "warmup_from": 1e-6,
+    "milestones": (),
+    "epochs": 300,
+}
+
+PRETRAIN: dict[tuple[Method, PretrainRecipe], Mapping[str, Any]] = {
     ("mulsupcon", "paper"): {},
     ("supcon", "paper"): {},
     ("simclr", "paper"): _SIMCLR,
@@ -41,6 +57,7 @@ PRETRAIN: dict[tuple[Method, Recipe], Mapping[str, Any]] = {
     ("mulsupcon", "released-code"): _RELEASED,
     ("supcon", "released-code"): _RELEASED,
     ("simclr", "released-code"): _RELEASED | _SIMCLR | {"augmentation.blur": 0.5},
+    **{(method, "vit"): (_SIMCLR if method == "simclr" else {}) | _VIT for method in typing.get_args(Method)},
     ("supervised", "released-code"): _RELEASED
     | _SUPERVISED
     | {
@@ -61,6 +78,7 @@ EVALUATE: dict[Recipe, Mapping[str, Any]] = {
         "model_selection": "last-epoch",
         "stem": "7x7",
         "sum_filters": False,
+        "normalize": False,
     },
 }
 

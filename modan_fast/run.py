@@ -94,7 +94,7 @@ def resumed_config(run: Path, given: Mapping[str, Any]) -> PretrainConfig:
     wanted = wanted.resolved(config.image_size or SMALLEST_IMAGE)
     for field in fields(PretrainConfig):
         name = field.name
-        may_change = field.metadata.get("changeable") and not (name == "epochs" and config.schedule == "cosine")
+        may_change = field.metadata.get("changeable") and not (name == "epochs" and config.schedule != "steps")
         before, now = getattr(config, name), getattr(wanted, name)
         if before != now and not may_change:
             raise InputError(
@@ -119,6 +119,7 @@ def begin(
     run = config.run
     run.mkdir(parents=True, exist_ok=True)
     lines = (run / LOG).read_bytes().splitlines(keepends=True) if (run / LOG).is_file() else []
+    lines = [line for line in lines if line.endswith(b"\n")]  # a full disk may tear the last one
     outdated = [run / CHECKPOINT, *run.glob("encoder*.safetensors")] if resumed_at is None else []
     unfinished = [
         half for name in (CONFIG, LOG, CHECKPOINT, "encoder*.safetensors") for half in _halves(run, name)
@@ -165,12 +166,7 @@ def save_checkpoint(run: Path, state: Mapping[str, Any]) -> None:
     if not (run / CONFIG).exists():
         raise InputError(f"{run / CONFIG} is gone, and the run with it: start anew")
     with replacing(run / CHECKPOINT) as file:
-        try:
-            torch.save(dict(state), file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch's writer hides the system's error behind its own
-                raise error.__context__ from None
-            raise
+        torch.save(dict(state), file)
 
 
 def load_checkpoint(run: Path) -> dict[str, Any]:
@@ -187,7 +183,7 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
 
 def save_run_encoder(config: PretrainConfig, encoder: Encoder, *, epoch: int, name: str = ENCODER) -> None:
     """Write the encoder of a run after `epoch` epochs as the file `name`."""
-    metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe, "stem": encoder.stem}
+    metadata = {"epoch": str(epoch), "method": config.method, "recipe": config.recipe}
     save_encoder(config.run / name, encoder, metadata)
 
 

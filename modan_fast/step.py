@@ -6,21 +6,27 @@ N images, C channels, H x W pixels, F features, D embedding dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modan_fast.config import Method, PretrainConfig
 from modan_fast.devices import compute_type, tuned_convolutions, wants_compile
-from modan_fast.encoders import Encoder, imagenet_encoder
+from modan_fast.encoders import Architecture, Encoder, described, published_architecture
 from modan_fast.loader import Batch
 from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
 from modan_fast.metrics import EpochClock
+from modan_fast.pretrained import imagenet_encoder, load_encoder
+from shard_builder.settings import InputError
 
 # What each optimiser gathers for a parameter.
-OPTIMIZER_STATE = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+OPTIMIZER_STATE = {"sgd": {"momentum_buffer"}, "adam": _MOMENTS, "adamw": _MOMENTS}
 
 
 class EncoderWithHead(nn.Module):
@@ -54,11 +60,14 @@ class TrainState:
         self.dtype = compute_type(config.precision, device)
         self.compiled = wants_compile(config.compile, device)
         torch.manual_seed(config.seed)
-        self.encoder = Encoder(config.stem, config.channels) if resumed else new_encoder(config)
+        self.encoder = Encoder(architecture_of(config)) if resumed else new_encoder(config)
+        if config.checkpoint_activations:
+            self.encoder.checkpoint_activations()
         self.model = EncoderWithHead(self.encoder, new_head(config.method, classes, self.encoder.num_features))
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = new_optimizer(config, self.model)
+        self._norms = [each for each in self.model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         # Static shapes: a smaller last batch gets a graph of its own and leaves the other one as it is.
         self._model: Any = torch.compile(self.model, dynamic=False) if self.compiled else self.model
@@ -68,35 +77,95 @@ class TrainState:
         self._loss_sum = torch.zeros((), device=device)
         self.clock = EpochClock(device)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss of a batch: a float32 scalar that stays on the device."""
+    def embed(self, views: Tensor) -> Tensor:
+        """The float32 embeddings (V, D) of views, or their logits."""
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         with tuned_convolutions(), mixed:
-            embeddings = self._model(batch.views)
+            embeddings: Tensor = self._model(views)
+        return embeddings.float()
+
+    def loss_of(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """The loss of a whole batch: a float32 scalar that stays on the device."""
         labels = batch.targets if self.config.method == "supervised" else batch.labels
-        loss: Tensor = self._loss(embeddings.float(), labels)
+        loss: Tensor = self._loss(embeddings, labels)
         return loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of a batch: a float32 scalar that stays on the device."""
+        self._seed(0)
+        return self.loss_of(self.embed(batch.views), batch)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients."""
         with tuned_convolutions():
             self._scaler.scale(loss).backward()
 
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """The loss of a batch, its gradients added to the parameters'.
+
+        In micro-batches, first all embeddings are computed without keeping activations, then the loss and its gradient
+        at the embeddings; then each micro-batch again, backwards from that gradient (GradCache, Gao et al. 2021). Loss
+        and gradients are those of the whole batch, except that batch-norm sees a micro-batch.
+        """
+        micro_batch = self.config.micro_batch
+        if micro_batch is None or micro_batch >= len(batch.ids):
+            loss = self.forward(batch)
+            self.backward(loss)
+            return loss.detach()
+        rows = micro_batches(len(batch.ids), micro_batch, self.config.views)
+        views = [batch.views[each].contiguous(memory_format=torch.channels_last) for each in rows]
+        embeddings = torch.empty(0)
+        with torch.no_grad(), self._statistics_kept():
+            for number, each in enumerate(rows):
+                self._seed(number)
+                embedded = self.embed(views[number])
+                if not number:
+                    embeddings = embedded.new_empty(len(batch.views), embedded.shape[1])
+                embeddings[each] = embedded
+        loss = self.loss_of(embeddings.requires_grad_(), batch)
+        self.backward(loss)
+        assert embeddings.grad is not None
+        for number, each in enumerate(rows):
+            self._seed(number)
+            embedded = self.embed(views[number])
+            with tuned_convolutions():
+                embedded.backward(embeddings.grad[each])
+        return loss.detach()
+
+    def _seed(self, micro_batch: int) -> None:
+        """Seed what the network samples while it trains, so that a resumed run and a second pass sample the same."""
+        if self.config.drop_path:
+            entropy = (self.config.seed, self.epoch, self.step, micro_batch)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    @contextmanager
+    def _statistics_kept(self) -> Iterator[None]:
+        """Batch-norm trains, but its running statistics stay: they should move once for each image."""
+        for norm in self._norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in self._norms:
+                norm.track_running_stats = True
+
     def optimise(self) -> None:
         """Update the weights with the learning rate of the current step."""
         rate = rate_at(self.config, self.epoch * self.steps + self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.config.clip_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, batch: Batch) -> None:
         """Train one step on a batch."""
-        loss = self.forward(batch)
-        self.backward(loss)
+        loss = self.forward_backward(batch)
         self.optimise()
-        self._loss_sum += loss.detach()
+        self._loss_sum += loss
         self.step += 1
 
     @property
@@ -146,7 +215,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state.
 
-        Raises AttributeError, IndexError, KeyError, RuntimeError, TypeError or ValueError where it does not fit.
+        Raises ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError or ValueError if it does not fit.
         """
         epoch, step = int(state["epoch"]), int(state["step"])
         if not (0 <= epoch <= self.config.epochs and 0 <= step <= self.steps):
@@ -174,13 +243,42 @@ class TrainState:
         self.clock = EpochClock(self.device, float(state["seconds"]), float(state["waited"]))
 
 
+def micro_batches(images: int, size: int, views: int) -> list[Tensor]:
+    """The rows of all views of `size` images at a time; a last one of a single image joins the one before it."""
+    parts = list(torch.arange(images).split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return [torch.cat([part + view * images for view in range(views)]) for part in parts]
+
+
+def architecture_of(config: PretrainConfig) -> Architecture:
+    """The network that a run trains. Raises `InputError` if there is none of that name."""
+    values: dict[str, Any] = {"stem": config.stem, "drop_path": config.drop_path}
+    if config.normalize:
+        return published_architecture(config.encoder, image_size=config.image_size, **values)
+    return Architecture.of(config.encoder, channels=config.channels, image_size=config.image_size, **values)
+
+
 def new_encoder(config: PretrainConfig) -> Encoder:
-    """The encoder that a run starts from: random, or with ImageNet's weights."""
-    if config.start_from == "random":
-        return Encoder(config.stem, config.channels)
-    return imagenet_encoder(
-        config.imagenet_weights, config.stem, sum_filters=config.sum_filters, channels=config.channels
-    )
+    """The encoder that a run starts from: random, or with the weights that it names.
+
+    Raises `InputError` if there are no such weights, or if they are of another network.
+    """
+    architecture = architecture_of(config)
+    if config.start_from == "imagenet":
+        return imagenet_encoder(config.imagenet_weights, architecture, sum_filters=config.sum_filters)
+    encoder = Encoder(architecture)
+    if config.init_from is not None:
+        given = load_encoder(config.init_from, normalize=config.normalize)
+        if config.image_size:
+            given = given.resized(config.image_size)
+        if (found := replace(given.architecture, drop_path=config.drop_path)) != architecture:
+            raise InputError(
+                f"`init_from={config.init_from}` is a {described(found)}, and the run's encoder a "
+                f"{described(architecture)}: change `encoder`, `stem`, `channels` or `normalize`"
+            )
+        encoder.load_weights(given.weights)
+    return encoder
 
 
 def new_head(method: Method, classes: int, num_features: int) -> nn.Module:
@@ -199,21 +297,36 @@ def new_head(method: Method, classes: int, num_features: int) -> nn.Module:
 def new_loss(config: PretrainConfig) -> nn.Module:
     """The loss of a method, called with embeddings and labels, or with logits and targets for `supervised`."""
     losses: dict[str, Callable[[], nn.Module]] = {
-        "mulsupcon": lambda: MulSupConLoss(config.temperature, config.threshold),
-        "supcon": lambda: SupConLoss(config.temperature),
+        "mulsupcon": lambda: MulSupConLoss(config.temperature, config.threshold, config.instance_weight),
+        "supcon": lambda: SupConLoss(config.temperature, config.instance_weight),
         "simclr": lambda: NTXentLoss(config.temperature),
         "supervised": nn.CrossEntropyLoss,
     }
     return losses[config.method]()
 
 
-def new_optimizer(config: PretrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def new_optimizer(config: PretrainConfig, model: EncoderWithHead) -> torch.optim.Optimizer:
     """The optimiser of a run, fused on a GPU: the loss scaler reads a value back at each step of any other."""
-    parameters = list(model.parameters())
-    fused = parameters[0].is_cuda
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
+    groups: Any = list(model.parameters())
+    fused = groups[0].is_cuda
+    if not config.decay_all:
+        kept = {id(each) for each in _not_decayed(model)}
+        groups = [
+            {"params": [each for each in groups if id(each) not in kept]},
+            {"params": [each for each in groups if id(each) in kept], "weight_decay": 0.0},
+        ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.lr, config.momentum, weight_decay=config.weight_decay, fused=fused)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def _not_decayed(model: EncoderWithHead) -> Iterator[nn.Parameter]:
+    """Norms and biases, which have one axis, and what the network itself names, such as a ViT's positions."""
+    named = model.encoder.not_decayed
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1 or name.removeprefix("encoder.network.") in named:
+            yield parameter
 
 
 def lr_at(step: int, *, peak: float, start: float, warmup: int, milestones: Iterable[int]) -> float:
@@ -223,7 +336,7 @@ def lr_at(step: int, *, peak: float, start: float, warmup: int, milestones: Iter
     return peak * math.prod(0.1 for milestone in milestones if step >= milestone)
 
 
-def cosine_lr_at(epoch: int, *, peak: float, epochs: int) -> float:
+def cosine_lr_at(epoch: float, *, peak: float, epochs: float) -> float:
     """Learning rate of an epoch, from 0: from `peak` along half a cosine towards 0 (SGDR, Eq. 5, no restarts)."""
     return peak * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
@@ -233,12 +346,14 @@ def rate_at(config: PretrainConfig, step: int, steps: int) -> float:
 
     The milestones of `config` must be epochs, as in `PretrainConfig.resolved`.
     """
-    if config.schedule == "cosine":
-        return cosine_lr_at(step // steps, peak=config.lr, epochs=config.epochs)
+    warmup_epochs = 0 if config.schedule == "cosine" else config.warmup_epochs
+    warmup = warmup_epochs * steps
+    if config.schedule != "steps" and step >= warmup:
+        return cosine_lr_at(step // steps - warmup_epochs, peak=config.lr, epochs=config.epochs - warmup_epochs)
     return lr_at(
         step,
         peak=config.lr,
         start=min(config.warmup_from, config.lr),
-        warmup=config.warmup_epochs * steps,
+        warmup=warmup,
         milestones=[int(epoch) * steps for epoch in config.milestones],
     )

@@ -138,7 +138,7 @@ def restore(state: TrainState, folder: Path) -> None:
     saved = run.load_checkpoint(folder)
     try:
         state.load_state_dict(saved)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{folder / run.CHECKPOINT} holds no state of this run: restore it, or start anew with `overwrite=True`"
         ) from error

@@ -22,7 +22,8 @@ FLOW = [
     "augment",
     "render",
 ]
-FLOW += ["loader", "losses", "encoders", "folder", "run", "metrics", "step", "trainer", "profile", "downstream"]
+FLOW += ["loader", "losses", "weights", "encoders", "pretrained", "folder"]
+FLOW += ["run", "metrics", "step", "trainer", "profile", "downstream"]
 FLOW += ["report", "api", "phantom", "demo"]
 SCREEN = {"cli", "__main__"}
 BUILDER = {f"shard_builder.{name}" for name in ("atomic", "files", "manifest", "settings")}

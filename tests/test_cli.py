@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from modan_fast import cli
-from modan_fast.encoders import load_encoder
+from modan_fast.pretrained import load_encoder
 from shard_builder import image
 from shard_builder.settings import InputError
 

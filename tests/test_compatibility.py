@@ -10,8 +10,8 @@ import pytest
 from modan_fast.config import ReportConfig
 from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.statistics import auc_table
-from modan_fast.encoders import load_encoder
 from modan_fast.loader import open_loader
+from modan_fast.pretrained import load_encoder
 from modan_fast.recipes import evaluate_config
 from modan_fast.report.page import write_report
 from modan_fast.run import finished_epochs, settings_for
@@ -42,7 +42,7 @@ def test_a_shard_set_of_0_1_0_is_whole_and_is_loaded(old):
 
 def test_a_run_of_0_1_0_is_resumed_to_the_loss_that_0_1_0_reached(old):
     assert finished_epochs(old / "run") == 1
-    assert load_encoder(old / "run").stem == "7x7"
+    assert load_encoder(old / "run").architecture.stem == "7x7"
     settings = settings_for({"out": old / "run", "epochs": 2}, resume=True)
     # It counted milestones in epochs, and keeps them.
     assert settings.milestones == (700, 800, 900)

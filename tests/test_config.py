@@ -71,7 +71,7 @@ def test_any_text_is_settings_or_one_line(tmp_path_factory, text):
     ("given", "message"),
     [
         ({"method": "mocov2"}, "`method` must be one of mulsupcon, simclr, supcon, supervised, got 'mocov2'"),
-        ({"recipe": "fast"}, "`recipe` must be one of paper, released-code, got 'fast'"),
+        ({"recipe": "fast"}, "`recipe` must be one of paper, released-code, vit, got 'fast'"),
         ({"threshold": 1.1}, "`threshold` must be at least 0 and at most 1, got 1.1"),
         ({"threshold": float("nan")}, "`threshold` must be at least 0"),
         ({"temperature": 0}, "`temperature` must be above 0, got 0"),
@@ -111,6 +111,7 @@ def test_what_the_evaluators_recipes_differ_in_can_be_set_one_by_one():
         "model_selection",
         "stem",
         "sum_filters",
+        "normalize",
     }
     for name in differing - {"recipe"}:
         value = getattr(released, name)

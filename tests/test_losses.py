@@ -74,6 +74,27 @@ def test_value_and_gradient_equal_the_formula_written_as_loops(name):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("loss", "weight_of"), [(MulSupConLoss, above(0.3)), (SupConLoss, lambda a, b: a == b or None)]
+)
+def test_the_instance_weight_adds_the_loops_of_ntxent(loss, weight_of):
+    embeddings, labels = batch()
+    ours, theirs = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
+    value = loss(0.1, instance_weight=0.7)(ours, labels)
+    expected = formula(theirs, labels, 0.1, weight_of) + 0.7 * formula(theirs, labels, 0.1, lambda a, b: None)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
+def test_an_instance_weight_below_zero_is_refused(weight):
+    for loss in (MulSupConLoss, SupConLoss):
+        with pytest.raises(ValueError, match="`instance_weight` must be at least 0"):
+            loss(instance_weight=weight)
+
+
 def test_two_images_that_share_one_of_three_labels_weigh_a_third():
     # By hand: all views orthogonal, so every softmax is uniform over the 3 other views and each log is -log 3.
     # An anchor has three positives: its other view (w = 1) and two views of the other image (w = 1/3 each).

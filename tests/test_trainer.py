@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 from modan_fast import metrics, trainer
 from modan_fast.config import PretrainConfig, to_json
 from modan_fast.devices import wants_compile
-from modan_fast.encoders import imagenet_encoder, load_encoder
+from modan_fast.encoders import Architecture
+from modan_fast.pretrained import imagenet_encoder, load_encoder
 from modan_fast.recipes import PRETRAIN, pretrain_config
 from modan_fast.run import finished_epochs, load_checkpoint, resumed_config
 from modan_fast.step import TrainState, lr_at, rate_at
@@ -98,7 +99,9 @@ def test_an_encoder_of_three_channels_fits_torchvisions_network_as_it_is(shards,
 def test_three_equal_channels_see_what_one_of_summed_filters_sees(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "imagenet.pth")
     grey, colour = (
-        imagenet_encoder(tmp_path / "imagenet.pth", "7x7", sum_filters=True, channels=channels).eval()
+        imagenet_encoder(
+            tmp_path / "imagenet.pth", Architecture(stem="7x7", channels=channels), sum_filters=True
+        ).eval()
         for channels in (1, 3)
     )
     images = torch.rand(2, 1, 32, 32)
@@ -233,7 +236,9 @@ def test_the_same_run_gives_the_same_bytes_and_a_file_that_others_may_read(finis
     assert file.read_bytes() == other.read_bytes()
     assert file.stat().st_mode == (run / "config.json").stat().st_mode
     with safetensors.safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"epoch": "3", "method": "mulsupcon", "recipe": "paper", "stem": "7x7"}
+        metadata = opened.metadata()
+    assert json.loads(metadata.pop("architecture")) == to_json(Architecture(stem="7x7"))
+    assert metadata == {"epoch": "3", "method": "mulsupcon", "recipe": "paper"}
 
 
 def test_a_second_training_in_a_folder_is_refused_while_the_first_is_at_work(shards, tmp_path):
@@ -352,14 +357,14 @@ def test_grey_images_look_to_summed_imagenet_filters_as_rgb_ones_do(imagenet):
     rgb = torchvision.models.resnet18()
     rgb.load_state_dict(torch.load(imagenet))
     rgb.fc = torch.nn.Identity()
-    grey = imagenet_encoder(imagenet, "7x7", sum_filters=True)
+    grey = imagenet_encoder(imagenet, Architecture(stem="7x7"), sum_filters=True)
     images = torch.rand(2, 1, 64, 64)
     torch.testing.assert_close(
         grey.eval()(images), rgb.eval()(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
     )
     for fresh in (
-        imagenet_encoder(imagenet, "7x7", sum_filters=False),
-        imagenet_encoder(imagenet, "3x3", sum_filters=True),
+        imagenet_encoder(imagenet, Architecture(stem="7x7"), sum_filters=False),
+        imagenet_encoder(imagenet, Architecture(stem="3x3"), sum_filters=True),
     ):
         assert torch.equal(fresh.network.layer4[1].conv2.weight, rgb.layer4[1].conv2.weight)
         assert fresh.network.conv1.weight.shape != rgb.conv1.weight.shape
@@ -368,7 +373,7 @@ def test_grey_images_look_to_summed_imagenet_filters_as_rgb_ones_do(imagenet):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "resnet34.pth")
     with pytest.raises(InputError, match=r"resnet34\.pth holds no weights of torchvision's ResNet-18"):
-        imagenet_encoder(tmp_path / "resnet34.pth", "7x7", sum_filters=True)
+        imagenet_encoder(tmp_path / "resnet34.pth", Architecture(stem="7x7"), sum_filters=True)
 
 
 @pytest.mark.parametrize(

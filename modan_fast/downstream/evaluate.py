@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modan_fast.config import EvaluateConfig, Protocol, Stem, to_json
+from modan_fast.config import EvaluateConfig, Protocol, to_json
 from modan_fast.devices import TYPES, device_name, pick_device, wants_compile
 from modan_fast.devices import compute_type as compute_type_of
 from modan_fast.downstream import finetune, leaks, probe
@@ -22,7 +22,7 @@ from modan_fast.downstream.inits import Init, load_inits
 from modan_fast.downstream.metrics import auc
 from modan_fast.downstream.results import Experiment, Results, own_file, own_folder
 from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task, write_folds
-from modan_fast.encoders import Encoder
+from modan_fast.encoders import Architecture, Encoder
 from modan_fast.folder import check_writable, locked
 from modan_fast.run import versions
 from shard_builder.settings import Progress, no_progress
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = {dtype: name for name, dtype in TYPES.items()}
 SHAPING = (  # the settings, beside the precision, that change scores
-    *("image_size", "epochs", "batch_size", "lr", "probe_lr", "stem", "seed"),
+    *("image_size", "epochs", "batch_size", "lr", "probe_lr", "encoder", "stem", "seed"),
     *("probe_batch_norm", "finetune_head", "model_selection", "sum_filters"),
 )
 
@@ -132,7 +132,7 @@ class FoldRunTrainer:
         self.task, self.pixels, self.config = task, pixels, config
         self.compute_type, self.results, self.progress = compute_type, results, progress
         self.compiled = wants_compile(config.compile, pixels.device)
-        self.networks: dict[tuple[Stem, Protocol, bool], finetune.TaskNetwork] = {}
+        self.networks: dict[tuple[Architecture, Protocol, bool], finetune.TaskNetwork] = {}
 
     def train(self, experiment: Experiment, init: Init, fold_runs: Sequence[FoldRun]) -> None:
         """Train the fold runs of an experiment, and record each as soon as it is done."""
@@ -165,7 +165,7 @@ class FoldRunTrainer:
         self, init: Init, fold_runs: Sequence[FoldRun], advance: Callable[[int], None]
     ) -> Iterator[Trained]:
         """Extract features and train linear heads on them."""
-        encoder = Encoder(init.stem).to(self.pixels.device).to(memory_format=torch.channels_last)
+        encoder = Encoder(init.architecture).to(self.pixels.device).to(memory_format=torch.channels_last)
         # The features of given weights serve all fold runs; those of random weights only one.
         blocks = [[fold_run] for fold_run in fold_runs] if init.weights is None else [fold_runs]
         for block in blocks:
@@ -197,10 +197,10 @@ class FoldRunTrainer:
         head = self.config.finetune_head
         linear = head == "linear" or (head == "identity-except-simclr" and init.method == "simclr")
         headless = protocol == "finetune" and not linear
-        key = init.stem, protocol, headless
+        key = init.architecture, protocol, headless
         if key not in self.networks:
             self.networks[key] = finetune.task_network(
-                init.stem, protocol, self.pixels.device, headless=headless, compiled=self.compiled
+                init.architecture, protocol, self.pixels.device, headless=headless, compiled=self.compiled
             )
         return self.networks[key]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modan_fast.config import EvaluateConfig, Protocol, Stem
+from modan_fast.config import EvaluateConfig, Protocol
 from modan_fast.downstream.probe import CLASSES, apply, apply_to_all, initial_head, lr_at
 from modan_fast.downstream.tasks import FoldRun, Task
-from modan_fast.encoders import Encoder
+from modan_fast.encoders import Architecture, Encoder
 
 
 class TaskNetwork(NamedTuple):
@@ -27,14 +27,19 @@ class TaskNetwork(NamedTuple):
 
 
 def task_network(
-    stem: Stem, protocol: Protocol, device: torch.device, *, headless: bool = False, compiled: bool = False
+    architecture: Architecture,
+    protocol: Protocol,
+    device: torch.device,
+    *,
+    headless: bool = False,
+    compiled: bool = False,
 ) -> TaskNetwork:
     """Encoder and head on `device`, channels-last; the encoder has gradients only in fine-tuning.
 
     The head is a linear layer. `headless` has none: the features are the logits, and only the first two of them occur
     as labels, as in the released code.
     """
-    encoder = Encoder(stem).requires_grad_(protocol == "finetune")
+    encoder = Encoder(architecture).requires_grad_(protocol == "finetune")
     network = nn.Sequential(encoder, nn.Identity() if headless else nn.Linear(encoder.num_features, CLASSES))
     network = network.to(device).to(memory_format=torch.channels_last)
     return TaskNetwork(network, torch.compile(network, dynamic=False) if compiled else network, protocol)

@@ -13,18 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modan_fast.config import EvaluateConfig, Stem
+from modan_fast.config import EvaluateConfig
 from modan_fast.downstream.tasks import FoldRun
 from modan_fast.encoders import (
-    TORCHVISION,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Architecture,
     Encoder,
     encoder_file,
     encoder_metadata,
-    imagenet_encoder,
-    imagenet_weights,
-    load_encoder,
 )
 from modan_fast.folder import read_json
+from modan_fast.pretrained import (
+    TORCHVISION,
+    imagenet_encoder,
+    imagenet_weights,
+    is_published,
+    load_encoder,
+    named_file,
+)
 from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)
@@ -36,34 +43,41 @@ WITHOUT_RUN = ("scratch", "imagenet")
 class Init:
     """An encoder to judge. `weights` is None for `scratch`, which gets new random weights in every fold run.
 
-    `path` and `sha256` are of its file (for `imagenet`, the digest is of the weights), `method` is how it was
-    pretrained, if known.
+    `path` and `sha256` are of its file (for published weights, the digest is of the weights), `method` is how it was
+    pretrained, if known. `encoder` is the ENCODER of ENCODER=FILE; weights of other programs are `foreign`.
     """
 
     name: str
-    stem: Stem
+    architecture: Architecture
     weights: Mapping[str, Tensor] | None = None
     path: Path | None = None
     sha256: str | None = None
     method: str | None = None
+    encoder: str | None = None
+    foreign: bool = False
 
     def weights_for(self, fold_run: FoldRun, seed: int) -> Mapping[str, Tensor]:
         """The encoder's weights, on the CPU, from which a fold run starts."""
         if self.weights is not None:
             return self.weights
-        return random_encoder(self.stem, fold_run.seed(seed, "encoder")).weights
+        return random_encoder(self.architecture, fold_run.seed(seed, "encoder")).weights
 
     def record(self) -> dict[str, Any]:
-        """Its entry in runs.json. The stem of `scratch` is one of the recipe's settings there."""
+        """Its entry in runs.json. The encoder and the stem of `scratch` are settings of the recipe there."""
         if self.path is None:
             return {"kind": "scratch"}
-        record = {
+        record: dict[str, Any] = {
             "kind": "encoder",
             "method": self.method,
             "path": str(self.path),
-            "stem": self.stem,
+            "architecture": self.architecture.name,
+            "stem": self.architecture.stem,
             "sha256": self.sha256,
         }
+        if self.encoder:
+            record["encoder"] = self.encoder
+        if self.foreign:
+            record["normalized"] = self.architecture.normalises
         run = self.path.parent / "config.json"
         if not os.path.isfile(run):
             return record
@@ -76,17 +90,25 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
 
     Raises `InputError` for a missing or unusable file, for weights that are not finite, and for names of two lines.
     """
-    paths = {text: encoder_file(Path(text).resolve()) for text in config.init if text not in WITHOUT_RUN}
+    paths = {
+        text: encoder_file(Path(named_file(text)[1]).resolve())
+        for text in config.init
+        if text not in WITHOUT_RUN and not is_published(text)
+    }
     files = {text: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for text, path in paths.items()}
     inits: dict[str, Init] = {}
     for text in config.init:
         if text == "scratch":
-            init = Init(text, config.stem)
+            size = config.image_size
+            init = Init(text, Architecture.of(config.encoder, stem=config.stem, image_size=size))
         elif text == "imagenet":
-            weights, seed = config.imagenet_weights, config.seed
-            init = imagenet(weights, config.stem, seed, sum_filters=config.sum_filters)
+            init = imagenet(config.imagenet_weights, config, normalize=config.normalize)
+        elif text in files:
+            init = _from_file(text, _name(text, files, known), *files[text], config)
         else:
-            init = _from_file(_name(text, files, known), *files[text])
+            encoder = load_encoder(text, normalize=config.normalize).resized(config.image_size)
+            weights = encoder.weights
+            init = Init(text, encoder.architecture, weights, Path(text), digest_of(weights), foreign=True)
         inits[init.name] = init
     for name in inits:
         if not name.isprintable():
@@ -94,38 +116,49 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
     return list(inits.values())
 
 
-def random_encoder(stem: Stem, seed: int) -> Encoder:
+def random_encoder(architecture: Architecture, seed: int) -> Encoder:
     """An encoder with random weights; torch's global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return Encoder(stem)
+        return Encoder(architecture)
 
 
-def imagenet(path: Path | None, stem: Stem, seed: int, *, sum_filters: bool) -> Init:
+def imagenet(path: Path | None, config: EvaluateConfig, *, normalize: bool) -> Init:
     """The init `imagenet`, from a file or from torchvision. Its digest is of the weights before the stem was fitted.
 
-    A random stem is sampled from `seed`, so it is the same in all fold runs. A warning is logged if ImageNet's filters
-    were to be kept but do not fit the stem, as in the recipe `paper`.
+    With `normalize` its input has three channels and ImageNet's mean and standard deviation. A random stem is sampled
+    from the seed, so it is the same in all fold runs. A warning is logged if ImageNet's filters were to be kept but do
+    not fit the stem, as in the recipe `paper`.
     """
+    values: dict[str, Any] = {"channels": 3, "mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalize else {}
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        encoder = imagenet_encoder(path, stem, sum_filters=sum_filters)
-    if sum_filters and stem != "7x7":
+        torch.default_generator.manual_seed(config.seed)
+        architecture = Architecture(stem=config.stem, **values)
+        encoder = imagenet_encoder(path, architecture, sum_filters=config.sum_filters)
+    if config.sum_filters and config.stem != "7x7":
         log.warning(
             "imagenet: its first convolution is 7x7 and does not fit a %s stem, so that one is random: `stem=7x7` "
             "keeps it",
-            stem,
+            config.stem,
         )
-    weights = imagenet_weights(path)
+    digest = digest_of(imagenet_weights(path))
+    return Init("imagenet", architecture, encoder.weights, path or TORCHVISION, digest, foreign=True)
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of weights, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(weights):  # as bytes, because numpy has no bfloat16
         digest.update(weights[name].detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return Init("imagenet", stem, encoder.weights, path or TORCHVISION, digest.hexdigest())
+    return digest.hexdigest()
 
 
-def _from_file(name: str, path: Path, sha256: str) -> Init:
-    encoder = load_encoder(path)
-    return Init(name, encoder.stem, encoder.weights, path, sha256, _method(path))
+def _from_file(text: str, name: str, path: Path, sha256: str, config: EvaluateConfig) -> Init:
+    named, _ = named_file(text)
+    source = f"{named}={path}" if named else path
+    encoder = load_encoder(source, normalize=config.normalize).resized(config.image_size)
+    method, foreign = _method(path), named is not None
+    return Init(name, encoder.architecture, encoder.weights, path, sha256, method, named, foreign)
 
 
 def _name(text: str, files: Mapping[str, tuple[Path, str]], known: Mapping[str, Any]) -> str:

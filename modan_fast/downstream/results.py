@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import reprlib
 from collections import Counter
@@ -24,7 +23,7 @@ from modan_fast.config import Protocol, Recipe, Stem, changed, to_json
 from modan_fast.downstream.tasks import FoldRun, Task
 from modan_fast.folder import is_new, read_json, write_json
 from modan_fast.recipes import evaluate_config
-from shard_builder.atomic import replacing
+from shard_builder.atomic import naming, replacing
 from shard_builder.settings import InputError
 
 FORMAT = 1
@@ -85,7 +84,7 @@ RUNS: Kinds = {"settings": dict, "tasks": dict, "inits": dict, "times": list, "v
 TASK: Kinds = {"path?": str, "sha256?": str, "images?": int, "positive?": str, "test_images?": list}
 INIT: Kinds = {
     **{"kind": str, "method?": str, "path?": str, "stem?": get_args(Stem), "sha256?": str},
-    **{"shards?": dict},
+    **{"shards?": dict, "architecture?": str, "encoder?": str, "normalized?": dict},
 }
 TIME: Kinds = {
     **{"task": str, "init": str, "recipe": str, "protocol": get_args(Protocol), "device?": str},
@@ -125,10 +124,6 @@ def _check_runs(runs: dict[str, Any], path: Path) -> None:
         check_fields(f"init {name[:40]}", init, INIT)
     for number, line in enumerate(runs["times"]):
         check_fields(f"times {number}", line, TIME)
-    try:
-        json.dumps(runs, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path} holds text that is no text ({error.reason}): restore the file") from error
 
 
 @dataclass(frozen=True)
@@ -178,7 +173,8 @@ class Results:
         self, recipe: str, settings: Mapping[str, Any], task: Task, inits: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Add settings, task and inits to `runs`. Raises `InputError` if they contradict what is recorded there."""
-        if recipe in self.runs["settings"]:
+        begun = recipe in self.runs["settings"]
+        if begun:
             self._compare(recorded_settings(self.runs, recipe), settings)
         self.runs["settings"][recipe] = dict(settings)
         record = {
@@ -194,11 +190,26 @@ class Results:
                 "choose another folder with `out`"
             )
         for name, init in inits.items():
+            self._compare_input(name, init, recipe, begun)
             if self.runs["inits"].setdefault(name, dict(init)).get("sha256") != init.get("sha256"):
                 raise InputError(
                     f"the weights of {name} ({init.get('path')}) have changed since {self.folder} was made: "
                     "choose another folder with `out`"
                 )
+
+    def _compare_input(self, name: str, init: Mapping[str, Any], recipe: str, begun: bool) -> None:
+        """Record whether the input of another program's weights is normalised in a recipe; refuse another choice."""
+        if "normalized" not in init:
+            return
+        known = self.runs["inits"].get(name)
+        by_recipe = {} if known is None else known.setdefault("normalized", {})
+        # Earlier versions normalised nothing, and did not say so.
+        recorded = by_recipe.get(recipe, False if known and begun and not by_recipe else init["normalized"])
+        if recorded != init["normalized"]:
+            raise InputError(
+                f"{self.folder} has {name} with `normalize={recorded}`: pass that, or choose another folder with `out`"
+            )
+        self.runs["inits"][name] = {**(known or init), "normalized": {**by_recipe, recipe: recorded}}
 
     def _compare(self, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         for name, value in settings.items():
@@ -210,7 +221,9 @@ class Results:
                 )
 
     def save(self) -> None:
-        """Write runs.json."""
+        """Write runs.json. Raises `InputError` if the results folder is gone: half of one would be of no use."""
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} is gone: start the evaluation anew")
         write_json(self.folder / "runs.json", self.runs)
 
     def finished(self) -> set[tuple[Experiment, FoldRun]]:
@@ -315,7 +328,7 @@ def _keep(
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Append rows to a CSV file, to a new one after its header, and flush them to the disk."""
-    with own_file(path).open("ab") as file:
+    with naming(path), own_file(path).open("ab") as file:
         if not file.tell():
             file.write(_line(columns))
         file.write(b"".join(map(_line, rows)))

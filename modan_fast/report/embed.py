@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from modan_fast.config import is_url
+from modan_fast.config import changed, is_url
 from modan_fast.downstream.inits import imagenet, random_encoder
 from modan_fast.downstream.probe import apply_to_all
-from modan_fast.encoders import TORCHVISION, Encoder, cached_imagenet, encoder_file, load_encoder
+from modan_fast.encoders import Architecture, Encoder, encoder_file
 from modan_fast.folder import read_json
+from modan_fast.pretrained import TORCHVISION, cached_imagenet, load_encoder
+from modan_fast.recipes import evaluate_config
 from modan_fast.remote import shown_location
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import READ_BATCH
@@ -102,21 +104,23 @@ def features(
 
 def _encoder(name: str, init: Mapping[str, Any], settings: Mapping[str, Any]) -> Encoder:
     """The judged encoder; a new random one for `scratch`. Raises `InputError` if its file is gone or has changed."""
+    size = settings["image_size"]
     if init["kind"] == "scratch":
-        return random_encoder(settings["stem"], 0)
+        return random_encoder(Architecture.of(settings["encoder"], stem=settings["stem"], image_size=size), 0)
     if not (init.get("path") and init.get("sha256")):
         raise InputError("runs.json names no file of it")
     path = Path(init["path"])
+    normalize = bool((init.get("normalized") or {}).get(settings["recipe"]))
     if name == "imagenet":
         # A copy that is here, because a report of someone's results must not download anything.
         file = cached_imagenet() if path == TORCHVISION else path
         if not os.path.isfile(file):
             raise InputError(f"there is no {file}: download resnet18-f37072fd.pth and save it there")
         log.info("opening the weights %s, which runs.json names", file)
-        judged = imagenet(file, settings["stem"], settings["seed"], sum_filters=settings["sum_filters"])
+        judged = imagenet(file, changed(evaluate_config({"init": ["imagenet"]}), settings), normalize=normalize)
         if judged.sha256 != init["sha256"]:
             raise InputError(f"{path} has changed since it was judged")
-        encoder = Encoder(judged.stem)
+        encoder = Encoder(judged.architecture)
         assert judged.weights is not None
         encoder.load_weights(judged.weights)
         return encoder
@@ -125,4 +129,5 @@ def _encoder(name: str, init: Mapping[str, Any], settings: Mapping[str, Any]) ->
     log.info("opening the encoder %s, which runs.json names", path)
     if hashlib.sha256(encoder_file(path).read_bytes()).hexdigest() != init["sha256"]:
         raise InputError(f"{path} is gone or has changed since it was judged")
-    return load_encoder(path)
+    source = f"{init['encoder']}={path}" if init.get("encoder") else path
+    return load_encoder(source, normalize=normalize).resized(size)

@@ -203,7 +203,9 @@ def _provenance(runs: Mapping[str, Any]) -> str:
     """Inits, tasks, settings and versions."""
     facts: list[tuple[str, str]] = []
     for name, init in runs["inits"].items():
-        known = [f"{key} {init[key]}" for key in ("kind", "method", "path", "stem") if init.get(key)]
+        known = [
+            f"{key} {init[key]}" for key in ("kind", "method", "path", "architecture", "stem") if init.get(key)
+        ]
         facts.append((name, ", ".join([*known, *_digest(init)])))
     for name, task in runs["tasks"].items():
         positive = [f"positive class {task['positive']}"] if task.get("positive") else []

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from modan_fast.encoders import Encoder
+from modan_fast.encoders import Architecture, Encoder
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(seed)
         run = tmp_path / name
         run.mkdir(parents=True, exist_ok=True)
-        encoder = Encoder("7x7", channels)
+        encoder = Encoder(Architecture(stem="7x7", channels=channels))
         with torch.no_grad():
             for _ in range(20):
                 encoder.network(torch.rand(16, 1, 1, 1) * torch.rand(16, channels, 32, 32))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modan_fast.config import EvaluateConfig, Protocol
 from modan_fast.downstream.finetune import TaskNetwork, batches, task_network, train
 from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task
-from modan_fast.encoders import Encoder
+from modan_fast.encoders import Architecture, Encoder
 from modan_fast.recipes import evaluate_config
 
 CPU = torch.device("cpu")
@@ -49,10 +49,10 @@ def test_batches_keep_every_row_and_leave_none_alone(count: int, sizes: list[int
 @pytest.mark.parametrize(("recipe", "protocol"), [("paper", "finetune"), ("released-code", "probe")])
 def test_a_reset_network_trains_as_a_rebuilt_one(task: Task, recipe: str, protocol: Protocol) -> None:
     settings = config(recipe)
-    used = task_network("7x7", protocol, CPU)
+    used = task_network(Architecture(stem="7x7"), protocol, CPU)
     other = run(task, settings, FoldRun(1, 2), used)
     reset = run(task, settings, FoldRun(1, 1), used)
-    rebuilt = task_network("7x7", protocol, CPU)
+    rebuilt = task_network(Architecture(stem="7x7"), protocol, CPU)
     assert torch.equal(run(task, settings, FoldRun(1, 1), rebuilt), reset)
     for key, value in rebuilt.network.state_dict().items():
         assert torch.equal(used.network.state_dict()[key], value), key
@@ -64,7 +64,9 @@ def test_a_reset_network_trains_as_a_rebuilt_one(task: Task, recipe: str, protoc
 def test_one_compiled_step_serves_all_fold_runs_and_trains_as_the_plain_one(task: Task) -> None:
     # pytest -m slow: compiling takes a minute.
     settings = config()
-    compiled, plain = (task_network("7x7", "finetune", CPU, compiled=each) for each in (True, False))
+    compiled, plain = (
+        task_network(Architecture(stem="7x7"), "finetune", CPU, compiled=each) for each in (True, False)
+    )
     torch._dynamo.utils.counters.clear()
     for fold_run in (FoldRun(1, 1), FoldRun(1, 2), FoldRun(2, 1)):
         scores = run(task, settings, fold_run, compiled)
@@ -79,7 +81,7 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
     labels[fold.val] = 1 - labels[fold.val]
     task = replace(task, labels=labels)
     settings = config(epochs=4, lr=1e-3, batch_size=4)
-    tuned = task_network("7x7", "finetune", CPU)
+    tuned = task_network(Architecture(stem="7x7"), "finetune", CPU)
     network = tuned.network
     pixels = torch.from_numpy(decode(task, 32))
     views, truth = pixels[fold.val].float() / 255, torch.from_numpy(labels[fold.val])
@@ -103,7 +105,7 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
 
 def test_released_code_fine_tunes_the_features_as_512_logits(task: Task) -> None:
     settings = config("released-code")
-    headless = task_network("7x7", "finetune", CPU, headless=True)
+    headless = task_network(Architecture(stem="7x7"), "finetune", CPU, headless=True)
     scores = run(task, settings, FoldRun(1, 1), headless)
     pixels = torch.from_numpy(decode(task, 32))[task.folds[0].test].float() / 255
     with torch.no_grad():
@@ -115,7 +117,7 @@ def test_released_code_fine_tunes_the_features_as_512_logits(task: Task) -> None
 def test_released_codes_probe_trains_the_head_and_moves_only_batch_norm_statistics(task: Task) -> None:
     settings = config("released-code")
     assert settings.probe_lr == 1e-3
-    probed = task_network("7x7", "probe", CPU)
+    probed = task_network(Architecture(stem="7x7"), "probe", CPU)
     run(task, settings, FoldRun(1, 1), probed)
     start = encoder_state()
     moved = {key for key, value in probed.network[0].weights.items() if not torch.equal(value, start[key])}

@@ -23,14 +23,14 @@ def halves(folder):
     return [str(each) for each in folder.rglob("*.part")]
 
 
-UNNAMED = ""  # the message of a full disk names no file yet; see `test_the_file_is_named`
-
-
 @pytest.mark.parametrize(
     ("kind", "faults"),
     [
         ("shards", {"4k": ".shards.building/spool-", "24k": "shard-000000.tar", "116k": ".shards.building/"}),
-        ("results", {"4k": "results/folds/task", "64k": UNNAMED, "68k": UNNAMED, "72k": "results/runs.json"}),
+        (
+            "results",
+            {"4k": "results/folds/task", "64k": "results/", "68k": "results/", "72k": "results/runs.json"},
+        ),
         ("report", {"4k": "report/tables/", "90k": "report/figures/", "200k": "report/report.html"}),
     ],
 )
@@ -68,7 +68,7 @@ def test_a_full_disk_ends_a_training_in_one_line_and_with_room_it_is_resumed(mad
     small = disk("4k")
     run = small.folder / "run"
     command = made.command("run", run)
-    full(fail(*command), UNNAMED)
+    full(fail(*command), "run/")
     small.resize("60m")
     full(fail(*command, "--overwrite"), "run/checkpoint.pt")
     assert not halves(small.folder)
@@ -132,9 +132,7 @@ def figure(path):
 @pytest.mark.parametrize(
     ("write", "name"),
     [
-        pytest.param(
-            log_line, "log.jsonl", marks=pytest.mark.xfail(strict=True, reason="metrics: use atomic.naming")
-        ),
+        (log_line, "log.jsonl"),
         (figure, "a.png"),
         (lambda path: write_text(path, "text"), "report.html"),
         (lambda path: save_checkpoint(path.parent, {"a": torch.zeros(3)}), "checkpoint.pt"),

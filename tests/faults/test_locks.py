@@ -174,7 +174,6 @@ def test_a_lock_file_left_by_a_build_on_a_dead_machine_stops_nobody(tmp_path, le
 
 
 @pytest.mark.parametrize("target", ["kept", "missing"])
-@pytest.mark.xfail(strict=True, reason="output._locked opens its lock without O_NOFOLLOW")
 def test_a_link_in_the_place_of_a_build_s_lock_is_refused_and_what_it_names_stays(tmp_path, target):
     (tmp_path / "kept").write_text("as it was")
     (tmp_path / ".shards.building").mkdir()

@@ -25,13 +25,10 @@ NOT_FOR_TABLES = (
     "an escape",
 )  # no task, no image of a task and no init can have such a name
 QUICK = ("a line end", "a leading dash")
-REFUSED = pytest.mark.xfail(
-    strict=True, reason="Results refuses a runs.json that names its own folder in no UTF-8"
-)
 
 
 def marked(name):
-    marks = [pytest.mark.slow] * (name not in QUICK) + [REFUSED] * (name == "no UTF-8")
+    marks = [pytest.mark.slow] * (name not in QUICK)
     return pytest.param(name, marks=marks)
 
 

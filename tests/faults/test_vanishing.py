@@ -35,7 +35,6 @@ def test_a_folder_that_vanishes_ends_the_command_in_one_line_and_does_not_come_b
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="Results.save makes the folder again")
 def test_a_results_folder_that_vanishes_between_two_files_does_not_come_back(tmp_path):
     (tmp_path / "results").mkdir()
     results = Results.open(tmp_path / "results")

@@ -1,5 +1,6 @@
 """Run folders from strangers: config.json, checkpoint.pt, log.jsonl and links, as `--resume` meets them."""
 
+import io
 import json
 import os
 import pickle
@@ -167,29 +168,14 @@ def hostile_states(state):
     yield {**state, "optimizer": {**state["optimizer"], "param_groups": [{"lr": "x", "params": ["y"]}]}}
 
 
-def test_hostile_checkpoints_are_refused_or_make_no_difference(survives, finished, shards):
+def test_hostile_states_are_refused_or_make_no_difference(survives, finished, tmp_path, monkeypatch):
     config = replace(run.resumed_config(finished, {}), epochs=3)
     state = TrainState(config, classes=4, steps=2, device=torch.device("cpu"))
-    saved = run.load_checkpoint(finished)
-    generator = random.Random(0)
-    content = (finished / "checkpoint.pt").read_bytes()
-    header = content[-3000:]  # the archive's directory
-    cases: list[object] = [*hostile_states(saved), b"", b"PK\x03\x04", pickle.dumps(Touch()), {"x": Touch()}]
-    for _ in range(30):
-        damaged = bytearray(content)
-        for _ in range(8):
-            damaged[generator.randrange(len(content) - len(header), len(content))] = generator.randrange(256)
-            damaged[generator.randrange(3000)] = generator.randrange(256)
-        cases.append(bytes(damaged))
-
-    def write(case, folder):
-        if isinstance(case, bytes):
-            (folder / "checkpoint.pt").write_bytes(case)
-        else:
-            torch.save(case, folder / "checkpoint.pt")
+    given: list[object] = []
+    monkeypatch.setattr(run, "load_checkpoint", lambda folder: given[-1])
+    monkeypatch.setattr(run, "save_run_encoder", lambda *_, **__: None)
 
     def resume(folder):
-        state.config = replace(config, out=folder)
         restore(state, folder)
         assert 0 <= state.epoch <= 3
         assert all(torch.isfinite(value).all() for value in state.model.state_dict().values())
@@ -197,9 +183,29 @@ def test_hostile_checkpoints_are_refused_or_make_no_difference(survives, finishe
             parameter.grad = torch.zeros_like(parameter)
         state.optimise()  # what was gathered fits the parameters
 
-    accepted, refused = survives(cases, write, resume)
+    saved = torch.load(finished / "checkpoint.pt", weights_only=True)
+    accepted, refused = survives(hostile_states(saved), lambda case, _: given.append(case), resume)
     assert refused > 50
     assert accepted > 0
+
+
+def test_hostile_checkpoint_files_are_refused_or_make_no_difference(survives, finished):
+    saved = torch.load(finished / "checkpoint.pt", weights_only=True)
+    file = io.BytesIO()
+    torch.save({**saved, "model": {}, "optimizer": {}}, file)
+    content, generator = file.getvalue(), random.Random(0)
+    dangerous = io.BytesIO()
+    torch.save({"x": Touch()}, dangerous)
+    cases = [b"", b"PK\x03\x04", pickle.dumps(Touch()), dangerous.getvalue()]
+    for _ in range(500):
+        damaged = bytearray(content)
+        for _ in range(generator.choice([1, 8, 64])):
+            damaged[generator.randrange(len(content))] = generator.randrange(256)
+        cases.append(bytes(damaged[: generator.choice([len(content), generator.randrange(len(content))])]))
+    accepted, refused = survives(
+        cases, lambda case, folder: (folder / "checkpoint.pt").write_bytes(case), run.load_checkpoint
+    )
+    assert min(accepted, refused) > 10
 
 
 def test_a_shard_set_that_was_exchanged_is_refused(finished, shards, tmp_path):

@@ -118,8 +118,8 @@ def _locked(path: Path, out: Path) -> Iterator[None]:
         return
     another = InputError(f"another build is writing to {out}: wait for it, or choose another folder with `out`")
     try:
-        # Opened for writing, because NFS locks no other files.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # Opened for writing, because NFS locks no other files. A link in its place is not followed.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # its owner has finished, and removed the folder
         raise another from None
     except OSError as error:

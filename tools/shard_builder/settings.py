@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import types
 import typing
 import unicodedata
@@ -93,9 +94,15 @@ def _check_bounds(name: str, value: float, bounds: typing.Mapping[str, Any]) -> 
     ):
         if key in bounds:
             rules.append((f"{words} {bounds[key]}", holds(bounds[key])))
-    if rules and (not all(kept for _, kept in rules) or not math.isfinite(value)):
+    if isinstance(value, int) and abs(value) >= 2**63:
+        rules.append(("a number of 64 bits", False))
+    elif rules and not math.isfinite(value):
+        rules.append(("finite", False))
+    if not all(kept for _, kept in rules):
         why = f" ({bounds['why']})" if "why" in bounds else ""
-        raise InputError(f"`{name}` must be {' and '.join(rule for rule, _ in rules)}{why}, got {value}")
+        raise InputError(
+            f"`{name}` must be {' and '.join(rule for rule, _ in rules)}{why}, got {reprlib.repr(value)}"
+        )
 
 
 def no_progress(stage: str, done: int, total: int, note: str = "") -> None:
