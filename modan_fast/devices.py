@@ -148,3 +148,8 @@ def unusable_gpu() -> str | None:
     """`gpu_problem` of this machine."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return gpu_problem(driver_cuda(), torch.version.cuda, torch.cuda.is_available(), visible)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU or of the machine is used up."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

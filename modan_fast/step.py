@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modan_fast.config import Method, PretrainConfig
-from modan_fast.devices import compute_type, tuned_convolutions, wants_compile
+from modan_fast.devices import compute_type, out_of_memory, tuned_convolutions, wants_compile
 from modan_fast.encoders import Architecture, Encoder, described, published_architecture
 from modan_fast.loader import Batch
 from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
@@ -100,14 +100,14 @@ class TrainState:
         with tuned_convolutions():
             self._scaler.scale(loss).backward()
 
-    def forward_backward(self, batch: Batch) -> Tensor:
-        """The loss of a batch, its gradients added to the parameters'.
+    def forward_backward(self, batch: Batch, micro_batch: int | None = None) -> Tensor:
+        """The loss of a batch, its gradients added to the parameters'; `micro_batch` replaces that of the settings.
 
         In micro-batches, first all embeddings are computed without keeping activations, then the loss and its gradient
         at the embeddings; then each micro-batch again, backwards from that gradient (GradCache, Gao et al. 2021). Loss
         and gradients are those of the whole batch, except that batch-norm sees a micro-batch.
         """
-        micro_batch = self.config.micro_batch
+        micro_batch = micro_batch or self.config.micro_batch
         if micro_batch is None or micro_batch >= len(batch.ids):
             loss = self.forward(batch)
             self.backward(loss)
@@ -131,6 +131,28 @@ class TrainState:
             with tuned_convolutions():
                 embedded.backward(embeddings.grad[each])
         return loss.detach()
+
+    def largest_micro_batch(self) -> int | None:
+        """The largest halving of the batch with which a step fits into memory, found by trying; None if none does.
+
+        The state cannot be trained any further: what batch-norm has gathered is changed.
+        """
+        images, views, size = self.config.batch_size, self.config.views, self.config.image_size
+        assert size is not None, "the settings are resolved"
+        self._model = self.model  # compiling takes longer than trying
+        micro_batch = min(self.config.micro_batch or images, images)
+        while (micro_batch := micro_batch // 2) >= 2:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                blank = torch.zeros(views * images, 1, size, size, dtype=self.dtype, device=self.device)
+                labels = torch.ones(images, 1, dtype=torch.uint8, device=self.device)
+                targets = torch.zeros(images, dtype=torch.int64, device=self.device)
+                self.forward_backward(Batch(blank, labels, targets, torch.arange(images)), micro_batch)
+                return micro_batch
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+        return None
 
     def _seed(self, micro_batch: int) -> None:
         """Seed what the network samples while it trains, so that a resumed run and a second pass sample the same."""

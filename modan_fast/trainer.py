@@ -13,7 +13,7 @@ from pathlib import Path
 
 from modan_fast import run
 from modan_fast.config import PretrainConfig
-from modan_fast.devices import device_name, peak_memory, pick_device
+from modan_fast.devices import device_name, out_of_memory, peak_memory, pick_device
 from modan_fast.encoders import preprocessing
 from modan_fast.folder import check_writable, locked
 from modan_fast.loader import Batch, Loader, loader_of
@@ -69,9 +69,14 @@ def pretrain(
             begin(config, shards, loader, state, resumed=resume)
             everyone = [JsonlLogger(folder / run.LOG), *loggers]
             checkpoints = Checkpoints(state)
-            with saved_if_it_ends_early(checkpoints):
-                while state.epoch < config.epochs:
-                    train_epoch(state, loader, everyone, checkpoints, stop, progress)
+            try:
+                with saved_if_it_ends_early(checkpoints):
+                    while state.epoch < config.epochs:
+                        train_epoch(state, loader, everyone, checkpoints, stop, progress)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise too_large(state) from error
     return folder
 
 
@@ -213,6 +218,21 @@ def saved_if_it_ends_early(checkpoints: Checkpoints) -> Iterator[None]:
             raise
         reason = f"{why.filename}: {why.strerror}" if isinstance(why, OSError) else str(why)
         raise InputError(f"{reason}; {kept}") from why
+
+
+def too_large(state: TrainState) -> InputError:
+    """The error of a step that does not fit into memory. The step is not saved: it was not finished."""
+    config = state.config
+    what = f"a step of {config.batch_size} images of {config.image_size} px"
+    if config.micro_batch:
+        what += f", {config.micro_batch} at a time,"
+    if fits := state.largest_micro_batch():
+        remedy = f"pass `micro_batch={fits}`, which fits"
+    else:
+        remedy = f"pass a `batch_size` below {config.batch_size}, or a smaller `image_size`"
+    return InputError(
+        f"{what} does not fit into the memory of {device_name(state.device)}: {remedy}; {kept_in(config.run)}"
+    )
 
 
 def check_finite(state: TrainState) -> None:
