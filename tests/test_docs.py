@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pydicom
 import pytest
+import torch
+import torchvision
 
 from modan_fast import api, cli
 
@@ -15,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```$", re.MULTILINE | re.DOTALL)
 # Installers, other programs, and servers that do not exist.
-NOT_OURS = re.compile(r"^(pip|uv pip|uv sync|uv run (pytest|--group|python benchmarks/)|MODAN_TEST_DATA=|printf)")
+NOT_OURS = re.compile(
+    r"^(pip|uv pip|uv sync|uv run (pytest|--group|python benchmarks/)|uv export|uvx|MODAN_TEST_DATA=|printf)"
+)
 ELSEWHERE = re.compile(r"https://|gs://|pipe:aws|--dask")
 SMALL = {
     "shard": "--size 32 --workers 1 --overwrite",
@@ -69,6 +73,12 @@ def prepared(archive, shards, tmp_path_factory):
         (home / f"RadiologyAI_{name}.csv").write_text("\n".join(["filename,label", *lines]))
     (home / "data" / "pacs").mkdir()
     shutil.copy(pydicom.data.get_testdata_file("MR_small.dcm"), home / "data" / "pacs" / "IM0001")
+    (home / "weights").mkdir()
+    network = torchvision.models.densenet121()
+    numbered = torch.nn.ModuleDict(
+        {"backbone": torch.nn.Sequential(network.features)}
+    )  # as RadImageNet publishes it
+    torch.save(numbered.state_dict(), home / "weights" / "RadImageNet-DenseNet121.pt")
     (home / "words.csv").write_text("field,from,to\nanatomy,LEBER,abd\n")
     return home
 
