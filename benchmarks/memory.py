@@ -26,7 +26,7 @@ STEPS = 3
 def peaks(arguments: Sequence[str], candidate: str, micro_batch: int) -> list[float]:
     """The peak in MiB of some steps of a candidate, measured by a new process, over that before the first step."""
     command = [sys.executable, __file__, *arguments, "--only", candidate, "--micro-batch", str(micro_batch)]
-    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this file
     found = json.loads(ended.stdout)
     print(f"{candidate}: {found['seconds']:.2f} s a step", file=sys.stderr)
     return [found["mib"]]

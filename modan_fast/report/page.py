@@ -206,6 +206,8 @@ def _provenance(runs: Mapping[str, Any]) -> str:
         known = [
             f"{key} {init[key]}" for key in ("kind", "method", "path", "architecture", "stem") if init.get(key)
         ]
+        normalized = (init.get("normalized") or {}).items()
+        known += [f"{'' if each else 'not '}normalised in {recipe}" for recipe, each in normalized]
         facts.append((name, ", ".join([*known, *_digest(init)])))
     for name, task in runs["tasks"].items():
         positive = [f"positive class {task['positive']}"] if task.get("positive") else []
