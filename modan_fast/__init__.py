@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modan_fast.api import build_shards, evaluate, pretrain, write_report
+    from modan_fast.api import build_shards, embed, evaluate, export_encoder, pretrain, write_report
     from modan_fast.config import Augmentation
     from modan_fast.encoders import Architecture, Encoder
     from modan_fast.loader import Batch, Loader, open_loader
@@ -30,7 +30,9 @@ __all__ = [
     "NTXentLoss",
     "SupConLoss",
     "build_shards",
+    "embed",
     "evaluate",
+    "export_encoder",
     "load_encoder",
     "open_loader",
     "pretrain",
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "modan_fast.api": ("build_shards", "evaluate", "pretrain", "write_report"),
+    "modan_fast.api": ("build_shards", "embed", "evaluate", "export_encoder", "pretrain", "write_report"),
     "modan_fast.config": ("Augmentation",),
     "modan_fast.encoders": ("Architecture", "Encoder"),
     "modan_fast.loader": ("Batch", "Loader", "open_loader"),

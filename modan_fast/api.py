@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from modan_fast.config import ReportConfig, changed
+from modan_fast.config import EmbedConfig, ExportConfig, ReportConfig, changed
 from modan_fast.metrics import Logger
 from modan_fast.recipes import evaluate_config
 from shard_builder.options import BuildOptions
@@ -15,6 +15,7 @@ from shard_builder.settings import Progress, no_progress
 
 if TYPE_CHECKING:
     from modan_fast.downstream.statistics import Row
+    from modan_fast.embeddings import Embeddings, Written
     from shard_builder.build import BuildResult
 
 
@@ -81,3 +82,63 @@ def write_report(results: str | Path, *, progress: Progress = no_progress, **set
     from modan_fast.report import page
 
     return page.write_report(Path(results), changed(ReportConfig(), settings), progress)
+
+
+def export_encoder(
+    run: str | Path, out: str | Path = "exported", *, overwrite: bool = False, **settings: Any
+) -> Path:
+    """Write an encoder as a folder that other programs load; return the folder.
+
+    `run` is whatever `load_encoder` takes. `settings` are the fields of `modan_fast.config.ExportConfig`, such as
+    `onnx=True`. Raises `InputError` for bad input and settings.
+    """
+    from modan_fast import export
+
+    return export.export_encoder(run, Path(out), changed(ExportConfig(), settings), overwrite=overwrite)
+
+
+@overload
+def embed(
+    source: str | Path,
+    *,
+    init: str | Path,
+    out: None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> Embeddings: ...
+
+
+@overload
+def embed(
+    source: str | Path,
+    *,
+    init: str | Path,
+    out: str | Path,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> Written: ...
+
+
+def embed(
+    source: str | Path,
+    *,
+    init: str | Path,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> Embeddings | Written:
+    """Compute the features of the images in `source` by the encoder `init`; return them, or write them to `out`.
+
+    `source` is a shard set, a folder of images or DICOM files, a table or a DICOMDIR; `out` is a .npz, .csv or .parquet
+    file. `settings` are the other fields of `modan_fast.config.EmbedConfig`, such as `image_size=224`. If writing is
+    stopped, the same call continues. Raises `InputError` for bad input and settings.
+    """
+    from modan_fast import embeddings
+
+    config = changed(EmbedConfig(init=str(init)), {"out": out, **settings})
+    if config.out is None:
+        return embeddings.embed(source, config, progress)
+    return embeddings.write_embeddings(source, config, overwrite=overwrite, progress=progress)

@@ -154,7 +154,9 @@ class PretrainConfig:
     clip_norm: float | None = option(
         None, "Largest norm of the gradient of all parameters; larger ones are scaled down.", recipe=True, above=0
     )
-    drop_path: float = option(0.0, "Rate of stochastic depth of a timm/ encoder.", recipe=True, least=0, below=1)
+    drop_path: float | None = option(
+        None, "Rate of stochastic depth; by default the network's own.", recipe=True, least=0, below=1
+    )
     warmup_epochs: int = option(
         3, "Epochs in which the learning rate rises linearly to its full value.", recipe=True, least=0
     )
@@ -332,6 +334,54 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class EmbedConfig:
+    """Settings of `modan-fast embed`. Those from `table` on say how a source is read, and are not for shard sets."""
+
+    init: str | None = option(
+        None,
+        "Encoder: a run folder, a file of weights, ENCODER=FILE for another program's (as timm/densenet121=FILE), "
+        "timm/NAME for published weights, or imagenet.",
+    )
+    out: Path | None = option(None, "File to write: .npz, .csv or .parquet.")
+    image_size: int | None = option(
+        None,
+        "Side of an image in pixels; by default that of the run, else 224.",
+        least=SMALLEST_IMAGE,
+        most=LARGEST_IMAGE,
+    )
+    batch_size: int = option(64, "Images at a time.", least=1, most=2**16)
+    normalize: bool = option(
+        True, "Give weights of other programs the mean and standard deviation that they were trained with."
+    )
+    imagenet_weights: Path | None = option(None, "File of the weights of `imagenet`; torchvision's by default.")
+    device: Device = option("auto", "Where to compute; a GPU if there is one.")
+    precision: Precision = option(
+        "auto", "Compute type: bf16 from Ampere on, fp16 on older GPUs, float32 on CPUs."
+    )
+    threads: int | None = option(
+        None, "CPU threads that decode images; all cores by default.", least=1, most=MOST_THREADS
+    )
+    table: tuple[str, ...] = option((), "CSV file of images in SOURCE, as for `shard`. Repeatable.")
+    fields: str | None = option(None, "Label fields of a table or of DICOM files, as a,b,c, as for `shard`.")
+    skip_missing: bool = option(False, "Leave out rows of a table whose image does not exist.")
+    frames: int = option(
+        1, "Frames to take from a DICOM file with several, evenly spaced; 1 takes the middle one.", least=1
+    )
+    allow_burned_in: bool = option(
+        False, "Take DICOM files whose headers say that text is burned into the pixels."
+    )
+    key: Path | None = option(
+        None,
+        "File of the key that hashes the paths of DICOM files, made if missing. By default beside the output.",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.imagenet_weights and self.init != "imagenet":
+            raise InputError("`imagenet_weights` needs `init=imagenet`: pass both, or neither")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Settings of `modan-fast report`."""
 
@@ -347,6 +397,16 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of `modan-fast export`."""
+
+    onnx: bool = option(False, "Also write model.onnx, with the preprocessing inside.")
+    results: Path | None = option(
+        None, "Results folder of `modan-fast evaluate`, whose AUCs of this encoder the model card shows."
+    )
 
 
 def to_json(settings: Any) -> dict[str, Any]:
@@ -465,13 +525,24 @@ def read_settings(path: Path, kind: type, named: Collection[str] = ()) -> dict[s
     given: dict[str, Any] = {}
     _collect(root, kind, "", path, given)
     given = {name: value for name, value in given.items() if name not in named}
-    shards = given.get("shards")
-    if isinstance(shards, str) and is_url(shards):
-        # It may be a command, and the file may be someone else's.
-        raise InputError(
-            f"{path} names a URL, which is opened only if you name it yourself: repeat `shards={shards}`"
-        )
+    for name, value in given.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and (danger := _danger(name, each)):
+                raise InputError(
+                    f"{path} {danger}, which is done only if you name it yourself: repeat `{name}={each}`"
+                )
     return given
+
+
+def _danger(name: str, value: str) -> str | None:
+    """What a setting in a file would do that only the user may ask for, because the file may be someone else's."""
+    if name == "shards" and is_url(value):
+        return "names a URL, and a URL may be a command"
+    if name in ("init_from", "init") and value.startswith("timm/") and "=" not in value:
+        return "downloads weights"
+    if name == "out" and (Path(value).is_absolute() or ".." in Path(value).parts):
+        return "writes to a folder elsewhere"
+    return None
 
 
 def _collect(node: yaml.Node, kind: type, prefix: str, path: Path, given: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +43,8 @@ class Architecture:
     `name` is `resnet18`, which is torchvision's, or `timm/NAME` for a model of the timm library. Only the first has a
     `stem`: `7x7` with stride 2 as torchvision builds it, or `3x3` with stride 1 as the paper has it. A network whose
     input has a fixed size, such as a ViT, is built for `image_size`. Its input is (pixels / 255 - mean) / std, with one
-    value for all channels or one for each. `drop_path` is the rate of stochastic depth while it trains.
+    value for all channels or one for each. `drop_path` is the rate of stochastic depth while it trains, by default the
+    network's own.
     """
 
     name: str = RESNET18
@@ -51,7 +53,7 @@ class Architecture:
     image_size: int | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    drop_path: float = 0.0
+    drop_path: float | None = None
 
     @property
     def normalises(self) -> bool:
@@ -86,14 +88,19 @@ def check_name(name: str) -> None:
     """Raise `InputError` if there is no encoder of that name."""
     import timm
 
-    if name == RESNET18 or (name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM))):
+    if name == RESNET18:
         return
+    # A name may have a tag of published weights, as resnet50.a1_in1k; `is_model` does not look at it.
+    if name.startswith(TIMM) and timm.is_model(name.removeprefix(TIMM)):
+        with suppress(RuntimeError):
+            timm.get_pretrained_cfg(name.removeprefix(TIMM))
+            return
     close = difflib.get_close_matches(name.removeprefix(TIMM), [RESNET18, *timm.list_models()], 3)
     similar = (
         f"; similar: {', '.join(each if each == RESNET18 else TIMM + each for each in close)}" if close else ""
     )
     raise InputError(
-        f"`encoder={name}` must be resnet18 or timm/NAME, NAME as timm.list_models() has it{similar}"
+        f"`encoder={name[:100]}` must be resnet18 or timm/NAME, NAME as timm.list_models() has it{similar}"
     )
 
 
@@ -213,7 +220,7 @@ def _network(architecture: Architecture) -> tuple[Any, int]:
     settings: dict[str, Any] = {"in_chans": architecture.channels, "num_classes": 0}
     if architecture.image_size:
         settings["img_size"] = architecture.image_size
-    if architecture.drop_path:
+    if architecture.drop_path is not None:
         settings["drop_path_rate"] = architecture.drop_path
     try:
         network: Any = timm.create_model(architecture.name.removeprefix(TIMM), pretrained=False, **settings)

@@ -51,7 +51,7 @@ def is_published(text: str) -> bool:
     return text.startswith(TIMM) and "=" not in text and not os.path.exists(text)
 
 
-def load_encoder(source: str | Path, *, normalize: bool = True) -> Encoder:
+def load_encoder(source: str | Path, *, normalize: bool = True, grey: bool = True) -> Encoder:
     """The encoder in `source`, for grey images in [0, 1], in evaluation mode.
 
     `source` is a run folder, a file of weights, `ENCODER=FILE` for a file of another program (`timm/densenet121=x.pt`),
@@ -60,15 +60,15 @@ def load_encoder(source: str | Path, *, normalize: bool = True) -> Encoder:
     matched is logged. A file that names no encoder must hold a ResNet-18.
 
     With `normalize` the weights of other programs get the mean and standard deviation that they were trained with, as
-    timm knows them; else images stay in [0, 1]. Three-channel weights whose input is not normalised become those of an
-    equivalent grey encoder: the filters of the first convolution are summed.
+    timm knows them; else images stay in [0, 1]. With `grey`, three-channel weights whose input is not normalised become
+    those of an equivalent encoder of one channel: the filters of the first convolution are summed.
 
     Raises `InputError` if there is no such file or encoder, if a weight is missing or of another shape, and for
     weights that are not finite.
     """
     text = str(source)
     if is_published(text):
-        return _published(text, normalize=normalize)
+        return _published(text, normalize=normalize, grey=grey)
     name, file = named_file(text)
     path = encoder_file(file)
     weights = _read(path)
@@ -78,7 +78,7 @@ def load_encoder(source: str | Path, *, normalize: bool = True) -> Encoder:
             architecture = Architecture(stem=_stem_of(weights, path))
     else:
         architecture = published_architecture(name, normalize=normalize)
-    return _loaded(architecture, weights, path, ours=name is None)
+    return _loaded(architecture, weights, path, ours=name is None, grey=grey)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _published(name: str, *, normalize: bool) -> Encoder:
+def _published(name: str, *, normalize: bool, grey: bool) -> Encoder:
     """An encoder with the weights that timm downloads, or has cached."""
     import timm
 
@@ -103,7 +103,7 @@ def _published(name: str, *, normalize: bool) -> Encoder:
             f"timm gives no weights for {name} ({' '.join(str(error).split())[:200]}): pass {name}=FILE with a file of "
             "them"
         ) from error
-    return _loaded(architecture, network.state_dict(), Path(name), ours=False)
+    return _loaded(architecture, network.state_dict(), Path(name), ours=False, grey=grey)
 
 
 def _recorded(path: Path) -> Architecture | None:
@@ -118,7 +118,7 @@ def _recorded(path: Path) -> Architecture | None:
         stem = found["stem"]
         if (stem not in KERNELS) if found["name"] == RESNET18 else stem is not None:
             raise ValueError("an unknown stem")
-        if found["channels"] not in (1, 3):
+        if type(found["channels"]) is not int or found["channels"] not in (1, 3):
             raise ValueError("unknown values")
         if not (size is None or (type(size) is int and 0 < size <= LARGEST_IMAGE)):
             raise ValueError("a wrong image size")
@@ -133,10 +133,13 @@ def _recorded(path: Path) -> Architecture | None:
     return architecture
 
 
-def _loaded(architecture: Architecture, weights: Mapping[str, Tensor], path: Path, *, ours: bool) -> Encoder:
+def _loaded(
+    architecture: Architecture, weights: Mapping[str, Tensor], path: Path, *, ours: bool, grey: bool
+) -> Encoder:
     """An encoder with the weights in a file, matched by name and checked.
 
-    Files of `ours` hold an encoder only, so every name must match; of other files what was left out is logged.
+    Files of `ours` hold an encoder only, so every name must match. Of other files what was left out is logged, and must
+    not belong to a part of the network: a deeper network would give a shallower one all its names.
     """
     matching = match(weights, shapes_of(architecture))
     first = _first_weight(architecture)
@@ -159,14 +162,18 @@ def _loaded(architecture: Architecture, weights: Mapping[str, Tensor], path: Pat
         for name, value in given.items()
         if not (value.is_floating_point() or name.endswith(COUNT))
     ]
-    if ours:
-        wrong += [f"it has an extra {name[:100]}" for name in extra]
+    parts = {name.partition(".")[0] for name in shapes}
+    wrong += [
+        f"it has an extra {name[:100]}"
+        for name in extra
+        if ours or name.removeprefix(matching.prefix).partition(".")[0] in parts
+    ]
     if wrong:
         more = f" ({len(wrong)} such names)" if len(wrong) > 1 else ""
         raise InputError(f"{path} is no {architecture.name}: {wrong[0]}{more}; name its encoder as ENCODER=FILE")
     if not ours:
         log.info("%s: %s", path, matching)
-    if architecture.channels == 3 and not architecture.normalises and first:
+    if grey and architecture.channels == 3 and not architecture.normalises and first:
         architecture = replace(architecture, channels=1)
         given = {**given, first: given[first].float().sum(1, keepdim=True)}
     encoder = Encoder(architecture)

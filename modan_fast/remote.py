@@ -27,6 +27,7 @@ from http.client import HTTPResponse
 from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
+from modan_fast.config import is_url
 from shard_builder.settings import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def shown_location(location: str) -> str:
     if location.startswith("pipe:"):
         program = next((word for word in location.removeprefix("pipe:").split() if "=" not in word), "")
         return f"pipe:{program} ..."
-    return redacted(location)
+    return redacted(location) if is_url(location) else location
 
 
 def redacted(text: str) -> str:

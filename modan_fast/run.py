@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,9 @@ from modan_fast.folder import is_new, read_json, write_json
 from modan_fast.recipes import pretrain_config
 from modan_fast.remote import shown_location
 from modan_fast.shards import ShardSet
+from modan_fast.weights import LARGEST_FILE, unpacked_size
 from shard_builder.atomic import replacing
+from shard_builder.files import open_regular
 from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)
@@ -119,7 +122,6 @@ def begin(
     run = config.run
     run.mkdir(parents=True, exist_ok=True)
     lines = (run / LOG).read_bytes().splitlines(keepends=True) if (run / LOG).is_file() else []
-    lines = [line for line in lines if line.endswith(b"\n")]  # a full disk may tear the last one
     outdated = [run / CHECKPOINT, *run.glob("encoder*.safetensors")] if resumed_at is None else []
     unfinished = [
         half for name in (CONFIG, LOG, CHECKPOINT, "encoder*.safetensors") for half in _halves(run, name)
@@ -127,7 +129,7 @@ def begin(
     for path in (*outdated, *unfinished):
         path.unlink(missing_ok=True)
     with replacing(run / LOG) as file:
-        file.writelines(lines[: resumed_at or 0])
+        file.writelines(_lines_of(lines, resumed_at or 0))
     manifest = shards.manifest
     content = {
         "settings": {**to_json(config), "shards": shown_location(config.shards)},
@@ -142,6 +144,17 @@ def begin(
         "versions": versions(),
     }
     write_json(run / CONFIG, content)
+
+
+def _lines_of(lines: Sequence[bytes], epochs: int) -> list[bytes]:
+    """The lines of a log for the first `epochs` epochs, the last one for each; a full disk may have torn a line."""
+    found: dict[int, bytes] = {}
+    for line in lines:
+        with suppress(KeyError, RecursionError, TypeError, ValueError):
+            epoch = json.loads(line)["epoch"]
+            if type(epoch) is int and 1 <= epoch <= epochs and line.endswith(b"\n"):
+                found[epoch] = line
+    return [found[epoch] for epoch in sorted(found)]
 
 
 def _halves(run: Path, name: str) -> list[Path]:
@@ -175,7 +188,10 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{run} has no checkpoint yet: `overwrite=True` starts it anew")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if unpacked_size(path) > LARGEST_FILE:
+            raise ValueError("too large")
+        with open_regular(path) as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler or its zip reader meets
         raise InputError(f"{path} is no readable checkpoint: `overwrite=True` starts anew") from error
     return state

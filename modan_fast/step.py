@@ -155,10 +155,12 @@ class TrainState:
         return None
 
     def _seed(self, micro_batch: int) -> None:
-        """Seed what the network samples while it trains, so that a resumed run and a second pass sample the same."""
-        if self.config.drop_path:
-            entropy = (self.config.seed, self.epoch, self.step, micro_batch)
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        """Seed what the network samples while it trains, so that a resumed run and a second pass sample the same.
+
+        Some networks sample without being asked to: a tenth of timm's have dropout or stochastic depth by default.
+        """
+        entropy = (self.config.seed, self.epoch, self.step, micro_batch)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
@@ -291,7 +293,7 @@ def new_encoder(config: PretrainConfig) -> Encoder:
         return imagenet_encoder(config.imagenet_weights, architecture, sum_filters=config.sum_filters)
     encoder = Encoder(architecture)
     if config.init_from is not None:
-        given = load_encoder(config.init_from, normalize=config.normalize)
+        given = load_encoder(config.init_from, normalize=config.normalize, grey=config.channels == 1)
         if config.image_size:
             given = given.resized(config.image_size)
         if (found := replace(given.architecture, drop_path=config.drop_path)) != architecture:

@@ -65,7 +65,8 @@ def pretrain(
             if is_finished():
                 return folder
             if resume:
-                restore(state, folder)
+                with stop.at_once():
+                    restore(state, folder)
             begin(config, shards, loader, state, resumed=resume)
             everyone = [JsonlLogger(folder / run.LOG), *loggers]
             checkpoints = Checkpoints(state)
@@ -108,12 +109,13 @@ def train_epoch(
     metrics = state.metrics(samples)
     show(progress, state, metrics)
     metrics |= peak_memory(state.device)
-    state.end_epoch()
+    # The epoch ends once it is recorded: if the disk is full, a resumed run records it again.
+    epoch = state.epoch + 1
     for logger in loggers:
-        logger.log(metrics, step=state.epoch)
-    if state.epoch in config.keep:
-        name = f"encoder-{state.epoch:04d}.safetensors"
-        run.save_run_encoder(config, state.encoder, epoch=state.epoch, name=name)
+        logger.log(metrics, step=epoch)
+    if epoch in config.keep:
+        run.save_run_encoder(config, state.encoder, epoch=epoch, name=f"encoder-{epoch:04d}.safetensors")
+    state.end_epoch()
     finished = state.epoch == config.epochs
     if state.epoch % config.checkpoint_every == 0 or finished or checkpoints.due:
         checkpoints.save()
@@ -271,8 +273,8 @@ class Stop:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Raise `Stopped` as soon as a signal arrives: no step is under way here, but the wait may be long."""
-        self._at_once = True
         try:
+            self._at_once = True
             if self.requested:
                 raise Stopped
             yield
@@ -313,7 +315,8 @@ def stop_requested() -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
 
     def request(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
         stop.request()
 
     for number, handler in before.items():

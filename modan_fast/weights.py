@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from shard_builder.files import open_regular
 from shard_builder.settings import InputError
 
 LARGEST_FILE = 2**33  # bytes; the largest encoders in use have 4 GB
@@ -28,6 +29,7 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher")  # under which a file may keep its weights
 PREFIXES = ("module.", "backbone.", "encoder.", "model.", "network.", "base_encoder.", "encoder_q.")
+LONGEST_PREFIX = 64  # characters
 COUNT = "num_batches_tracked"  # older files lack it, and nothing here reads it
 # torchvision's first DenseNets, and RadImageNet's, have `norm.1` for today's `norm1`.
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
@@ -44,7 +46,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not os.path.isfile(path):
         raise UnusableError("it is no file")
-    if _unpacked_size(path) > LARGEST_FILE:
+    if unpacked_size(path) > LARGEST_FILE:
         raise UnusableError(f"it has over {LARGEST_FILE >> 30} GiB")
     try:
         if path.suffix == ".safetensors":
@@ -68,7 +70,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _unpacked_size(path: Path) -> int:
+def unpacked_size(path: Path) -> int:
+    """The bytes of a file, or of what a zip archive unpacks to. Raises OSError for a pipe or a device."""
+    open_regular(path).close()
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -151,7 +155,9 @@ def _prefixes(names: Iterable[str]) -> set[str]:
     found = {""}
     for name in names:
         taken = ""
-        while known := next((each for each in PREFIXES if name.startswith(each, len(taken))), None):
+        while len(taken) < LONGEST_PREFIX and (
+            known := next((each for each in PREFIXES if name.startswith(each, len(taken))), None)
+        ):
             taken += known
             found.add(taken)
     return found

@@ -138,6 +138,7 @@ def test_a_run_starts_from_another_programs_weights_with_their_input(shards, tmp
         ("timm/restnet50", "similar: timm/resnet50"),
         ("timm/hf-hub:someone/model", "must be resnet18 or timm/NAME"),
         ("timm/local-dir:/tmp", "must be resnet18 or timm/NAME"),
+        ("timm/resnet50.<img>", "must be resnet18 or timm/NAME"),
     ],
 )
 def test_an_unknown_encoder_is_refused_with_similar_names(shards, tmp_path, name, message):
@@ -228,3 +229,50 @@ def test_published_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(InputError, match=r"timm gives no weights for timm/resnet50 \(no network at all\): pass"):
         load_encoder("timm/resnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("resnet18", torchvision.models.resnet34),
+        ("timm/resnet50", torchvision.models.resnet101),
+        ("timm/resnet18", lambda: timm.create_model("seresnet18")),
+    ],
+)
+def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path, name, source):
+    torch.save(source().state_dict(), tmp_path / "deeper.pth")
+    with pytest.raises(InputError, match=r"it has an extra layer"):
+        load_encoder(f"{name}={tmp_path / 'deeper.pth'}")
+
+
+def test_a_network_that_samples_by_itself_resumes_exactly_too(shards, tmp_path, monkeypatch):
+    changes = {"encoder": "timm/ghostnet_100", "recipe": "paper", "epochs": 1, "batch_size": 12}  # it has dropout
+    whole = pretrain(settings(shards, tmp_path / "whole", **changes))
+    config = settings(shards, tmp_path / "run", **changes)
+    stopped_after(2, monkeypatch, config)
+    pretrain(config, resume=True)
+    assert (whole / "encoder.safetensors").read_bytes() == (tmp_path / "run" / "encoder.safetensors").read_bytes()
+
+
+def test_a_run_starts_from_three_channels_of_its_own_kind(shards, tmp_path):
+    first = pretrain(settings(shards, tmp_path / "first", epochs=1, stem="7x7", channels=3))
+    config = settings(
+        shards, tmp_path / "second", epochs=1, stem="7x7", channels=3, init_from=str(first), lr=1e-12
+    )
+    pretrain(config)
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "encoder.safetensors") for name in ("first", "second")
+    )
+    torch.testing.assert_close(other["conv1.weight"], one["conv1.weight"])
+
+
+def test_numbers_in_metadata_are_integers(tmp_path):
+    weights = Encoder("7x7").weights
+    for channels in (1.0, True, 3.0, "1", None, 2):
+        metadata = {"architecture": json.dumps({**json.loads(RECORDED), "channels": channels})}
+        safetensors.torch.save_file(weights, tmp_path / "encoder.safetensors", metadata)
+        with pytest.raises(InputError, match="records an architecture that is none of ours"):
+            load_encoder(tmp_path)
+
+
+RECORDED = '{"name": "resnet18", "stem": "7x7", "channels": 1, "image_size": null, "mean": [0.0], "std": [1.0]}'

@@ -29,7 +29,7 @@ from modan_fast.cli.screen import (
     signals_like_ctrl_c,
     stopped,
 )
-from modan_fast.config import EvaluateConfig, PretrainConfig, ReportConfig, changed
+from modan_fast.config import EmbedConfig, EvaluateConfig, ExportConfig, PretrainConfig, ReportConfig, changed
 from modan_fast.recipes import evaluate_config, pretrain_config
 from shard_builder.options import BuildOptions
 from shard_builder.settings import InputError
@@ -279,6 +279,43 @@ def evaluate(given: dict[str, Any]) -> None:
 
 
 @app.command()
+@options_of(EmbedConfig)
+def embed(
+    source: Annotated[
+        str,
+        typer.Argument(help="Shard set (folder or URL), folder of images or DICOM files, CSV file, or DICOMDIR."),
+    ],
+    given: dict[str, Any],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the features of images by an encoder.
+
+    --out FILE.npz has the arrays embeddings, filenames, labels, fields and classes; .csv and .parquet have a row for
+    each image. FILE.json beside it says what made it and what was left out. SOURCE is a shard set, or what `modan-fast
+    shard` reads; a folder of images may have any layout. If it is stopped, the same command continues where it was.
+    """
+    from modan_fast.embeddings import write_embeddings
+    from shard_builder.inspect import kinds
+
+    settings = changed(EmbedConfig(), given)
+    if settings.out is None:
+        raise InputError("no file to write: name one with `out=FILE.npz`, .csv or .parquet")
+    with stopped(CONTINUES), show_progress() as progress:
+        found = write_embeddings(source, settings, overwrite=overwrite, progress=progress)
+    kept = "" if found.made else " (exists, made from the same source, encoder and settings: left as it is)"
+    say(f"{found.path}: {found.images:,} images, {found.features:,} features each{kept}")
+    if found.key:
+        say(f"names are hashed with {found.key}: keep it apart from the file")
+    own_screen = sys.stdout.isatty()  # see `shard`
+    for rejected in found.left_out[:10]:
+        name = found.hidden.get(rejected.source, rejected.source) if own_screen else rejected.source
+        say(f"left out: {name}: {rejected.reason}")
+    if left := len(found.left_out):
+        reasons = ", ".join(f"{count:,} {kind}" for kind, count in kinds(found.left_out).items())
+        say(f"left out in all: {left:,} ({reasons}), see {found.path}.json")
+
+
+@app.command()
 @options_of(ReportConfig)
 def report(
     results: Annotated[Path, typer.Argument(help="Results folder, as `modan-fast evaluate` writes it.")],
@@ -294,6 +331,30 @@ def report(
     with stopped("the same command starts again"), show_progress() as progress:
         page = write_report(results, changed(ReportConfig(), given), progress)
     say(f"{page}: its tables and figures are in {page.parent / 'tables'} and {page.parent / 'figures'}")
+
+
+@app.command()
+@options_of(ExportConfig)
+def export(
+    run: Annotated[
+        str,
+        typer.Argument(help="Run folder, encoder file, or ENCODER=FILE for another program's (timm/NAME=FILE)."),
+    ],
+    given: dict[str, Any],
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("exported"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an encoder as a folder that other programs load.
+
+    Makes model.safetensors, a model card (README.md), and config.json for timm.create_model("local-dir:FOLDER",
+    pretrained=True, num_classes=0) where timm has such a network: all but a resnet18 with the 3x3 stem. The card says
+    how each program loads it.
+    """
+    from modan_fast.export import export_encoder
+
+    with stopped("nothing was written"):
+        folder = export_encoder(run, out, changed(ExportConfig(), given), overwrite=overwrite)
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 @app.command()

@@ -63,6 +63,7 @@ def train(
     is judged. `advance` is called with 1 after each epoch.
     """
     network, device = trained.network, pixels.device
+    torch.manual_seed(fold_run.seed(config.seed, "network"))  # some networks sample while they train
     _reset(network, encoder_weights, fold_run, config.seed)
     fold = task.fold_of(fold_run)
     train_rows, val_rows, test_rows = (torch.from_numpy(rows) for rows in (fold.train, fold.val, fold.test))

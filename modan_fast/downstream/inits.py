@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ from shard_builder.settings import InputError
 log = logging.getLogger(__name__)
 
 WITHOUT_RUN = ("scratch", "imagenet")
+
+
+class File(NamedTuple):
+    """The file of an init, its SHA-256, and the ENCODER of ENCODER=FILE."""
+
+    path: Path
+    sha256: str
+    encoder: str | None
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
         for text in config.init
         if text not in WITHOUT_RUN and not is_published(text)
     }
-    files = {text: (path, hashlib.sha256(path.read_bytes()).hexdigest()) for text, path in paths.items()}
+    files = {text: File(path, _digest_of_file(path), named_file(text)[0]) for text, path in paths.items()}
     inits: dict[str, Init] = {}
     for text in config.init:
         if text == "scratch":
@@ -104,7 +112,7 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
         elif text == "imagenet":
             init = imagenet(config.imagenet_weights, config, normalize=config.normalize)
         elif text in files:
-            init = _from_file(text, _name(text, files, known), *files[text], config)
+            init = _from_file(_name(text, files, known), files[text], config)
         else:
             encoder = load_encoder(text, normalize=config.normalize).resized(config.image_size)
             weights = encoder.weights
@@ -153,29 +161,42 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _from_file(text: str, name: str, path: Path, sha256: str, config: EvaluateConfig) -> Init:
-    named, _ = named_file(text)
-    source = f"{named}={path}" if named else path
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_file(name: str, file: File, config: EvaluateConfig) -> Init:
+    source = f"{file.encoder}={file.path}" if file.encoder else file.path
     encoder = load_encoder(source, normalize=config.normalize).resized(config.image_size)
-    method, foreign = _method(path), named is not None
-    return Init(name, encoder.architecture, encoder.weights, path, sha256, method, named, foreign)
+    return Init(
+        name,
+        encoder.architecture,
+        encoder.weights,
+        file.path,
+        file.sha256,
+        method=_method(file.path),
+        encoder=file.encoder,
+        foreign=file.encoder is not None,
+    )
 
 
-def _name(text: str, files: Mapping[str, tuple[Path, str]], known: Mapping[str, Any]) -> str:
+def _name(text: str, files: Mapping[str, File], known: Mapping[str, Any]) -> str:
     """The name of the init given as `text`: that of its folder, or `text` if another init has that name.
 
-    `files` has the path and SHA-256 of each init that has a file.
+    `files` has the file of each init that has one; a file may hold the weights of several encoders.
     """
-    path, sha256 = files[text]
+    file = files[text]
     for name, record in known.items():
-        if (record.get("path"), record.get("sha256")) == (str(path), sha256):
+        if (record.get("path"), record.get("sha256"), record.get("encoder")) == (str(file.path), *file[1:]):
             return name
-    name = _short_name(path)
+    name = _short_name(file.path)
     if name in known:
         # A file whose weights have changed keeps its name, so that `Results.admit` refuses it.
-        taken = known[name].get("path") != str(path) and known[name].get("sha256") != sha256
+        other = known[name].get("path") != str(file.path) and known[name].get("sha256") != file.sha256
+        taken = other or known[name].get("encoder") != file.encoder
     else:
-        taken = any(_short_name(other) == name and digest != sha256 for other, digest in files.values())
+        taken = any(_short_name(each.path) == name and each[1:] != file[1:] for each in files.values())
     return text if taken or name in WITHOUT_RUN else name
 
 

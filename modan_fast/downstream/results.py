@@ -173,8 +173,8 @@ class Results:
         self, recipe: str, settings: Mapping[str, Any], task: Task, inits: Mapping[str, Mapping[str, Any]]
     ) -> None:
         """Add settings, task and inits to `runs`. Raises `InputError` if they contradict what is recorded there."""
-        begun = recipe in self.runs["settings"]
-        if begun:
+        earlier = set(self.runs["settings"])
+        if recipe in earlier:
             self._compare(recorded_settings(self.runs, recipe), settings)
         self.runs["settings"][recipe] = dict(settings)
         record = {
@@ -190,21 +190,21 @@ class Results:
                 "choose another folder with `out`"
             )
         for name, init in inits.items():
-            self._compare_input(name, init, recipe, begun)
+            self._compare_input(name, init, recipe, earlier)
             if self.runs["inits"].setdefault(name, dict(init)).get("sha256") != init.get("sha256"):
                 raise InputError(
                     f"the weights of {name} ({init.get('path')}) have changed since {self.folder} was made: "
                     "choose another folder with `out`"
                 )
 
-    def _compare_input(self, name: str, init: Mapping[str, Any], recipe: str, begun: bool) -> None:
+    def _compare_input(self, name: str, init: Mapping[str, Any], recipe: str, earlier: set[str]) -> None:
         """Record whether the input of another program's weights is normalised in a recipe; refuse another choice."""
         if "normalized" not in init:
             return
         known = self.runs["inits"].get(name)
-        by_recipe = {} if known is None else known.setdefault("normalized", {})
         # Earlier versions normalised nothing, and did not say so.
-        recorded = by_recipe.get(recipe, False if known and begun and not by_recipe else init["normalized"])
+        by_recipe = known.get("normalized", dict.fromkeys(earlier, False)) if known else {}
+        recorded = by_recipe.get(recipe, init["normalized"])
         if recorded != init["normalized"]:
             raise InputError(
                 f"{self.folder} has {name} with `normalize={recorded}`: pass that, or choose another folder with `out`"

@@ -21,7 +21,7 @@ from torch import Tensor
 from modan_fast.config import changed, is_url
 from modan_fast.downstream.inits import imagenet, random_encoder
 from modan_fast.downstream.probe import apply_to_all
-from modan_fast.encoders import Architecture, Encoder, encoder_file
+from modan_fast.encoders import Architecture, Encoder, encoder_file, shapes_of
 from modan_fast.folder import read_json
 from modan_fast.pretrained import TORCHVISION, cached_imagenet, load_encoder
 from modan_fast.recipes import evaluate_config
@@ -32,6 +32,8 @@ from modan_fast.stream import Stream
 from shard_builder.settings import InputError, Progress, usable_cores
 
 log = logging.getLogger(__name__)
+
+MOST_WEIGHTS = 10**9  # of a network that a record names; a ViT-H has 0.6 × 10**9
 
 
 def pretraining_images(shards: ShardSet, samples: int, size: int) -> tuple[Tensor, list[str]]:
@@ -106,7 +108,10 @@ def _encoder(name: str, init: Mapping[str, Any], settings: Mapping[str, Any]) ->
     """The judged encoder; a new random one for `scratch`. Raises `InputError` if its file is gone or has changed."""
     size = settings["image_size"]
     if init["kind"] == "scratch":
-        return random_encoder(Architecture.of(settings["encoder"], stem=settings["stem"], image_size=size), 0)
+        architecture = Architecture.of(settings["encoder"], stem=settings["stem"], image_size=size)
+        if sum(shape.numel() for shape in shapes_of(architecture).values()) > MOST_WEIGHTS:
+            raise InputError(f"{settings['encoder']} is too large to be made for a report")
+        return random_encoder(architecture, 0)
     if not (init.get("path") and init.get("sha256")):
         raise InputError("runs.json names no file of it")
     path = Path(init["path"])

@@ -48,9 +48,7 @@ def test_another_programs_weights_see_what_they_were_trained_with(settings: Eval
 
 def test_the_input_is_recorded_for_each_recipe_and_kept(settings: EvaluateConfig, tmp_path: Path) -> None:
     evaluate(settings)
-    with pytest.raises(
-        InputError, match="has weights/theirs with `normalize=True`: pass that"
-    ):
+    with pytest.raises(InputError, match="has weights/theirs with `normalize=True`: pass that"):
         evaluate(replace(settings, normalize=False))
     evaluate(replace(settings, recipe="released-code", normalize=False, stem="7x7"))
     init = json.loads((tmp_path / "results" / "runs.json").read_text())["inits"]["weights/theirs"]
@@ -87,3 +85,26 @@ def test_scratch_may_be_any_network(settings: EvaluateConfig, tmp_path: Path) ->
     assert runs["settings"]["paper"]["encoder"] == "timm/convnext_atto"
     with pytest.raises(InputError, match="was made with `encoder=timm/convnext_atto`, not resnet18"):
         evaluate(replace(settings, init=("scratch",)))
+
+
+def test_one_file_under_two_encoders_is_two_inits(settings: EvaluateConfig, theirs: Path, tmp_path: Path) -> None:
+    both = (f"resnet18={theirs}", f"timm/resnet18={theirs}")
+    evaluate(replace(settings, init=both))
+    assert {row.init for row in auc_table(tmp_path / "results")} == set(both)
+    evaluate(replace(settings, init=both[:1], out=tmp_path / "other"))
+    assert len(evaluate(replace(settings, init=both[1:], out=tmp_path / "other"))) == 5
+    runs = json.loads((tmp_path / "other" / "runs.json").read_text())
+    assert {init["encoder"] for init in runs["inits"].values()} == {"resnet18", "timm/resnet18"}
+
+
+def test_a_recipe_begun_meanwhile_does_not_hide_what_an_earlier_version_did(
+    settings: EvaluateConfig, tmp_path: Path
+) -> None:
+    evaluate(replace(settings, normalize=False))
+    path = tmp_path / "results" / "runs.json"
+    runs = json.loads(path.read_text())
+    del runs["inits"]["weights/theirs"]["normalized"]
+    path.write_text(json.dumps(runs))
+    evaluate(replace(settings, recipe="released-code", normalize=False, stem="7x7"))
+    with pytest.raises(InputError, match="with `normalize=False`: pass that"):
+        evaluate(replace(settings, repeats=2))

@@ -40,6 +40,7 @@ for line in sys.stdin:
         os.dup2(file, number)
         os.close(file)
     sys.argv = ["modan-fast", *request["arguments"]]
+    exec(request.get("first", ""))
     modan_fast.cli.main()
 """
 
@@ -124,14 +125,17 @@ def nursery():
 
 @pytest.fixture
 def start(nursery, tmp_path):
-    """A function that starts a command, `start("shard", archive, "--out", out)`, and returns it as `Running`."""
+    """A function that starts a command, `start("shard", archive, "--out", out)`, and returns it as `Running`.
+
+    `first` is Python that the process runs before.
+    """
     started = []
 
-    def start(*arguments, cwd: Path = tmp_path) -> Running:
+    def start(*arguments, cwd: Path = tmp_path, first: str = "") -> Running:
         said = tmp_path / f"said-{len(started)}"
         said.touch()
         words = [os.fsdecode(each) for each in arguments]
-        pid = ask(nursery, arguments=words, cwd=os.fsdecode(cwd), said=str(said))
+        pid = ask(nursery, arguments=words, cwd=os.fsdecode(cwd), said=str(said), first=first)
         started.append(Running(int(pid), nursery, said))
         return started[-1]
 

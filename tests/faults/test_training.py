@@ -1,19 +1,15 @@
 """What ends a training early, by real signals and kills: what is saved, and the weights that it resumes to."""
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
 from modan_fast import run, trainer
-from modan_fast.config import to_json
 from modan_fast.loader import Loader
 from modan_fast.recipes import pretrain_config
 from modan_fast.run import load_checkpoint
@@ -21,12 +17,20 @@ from modan_fast.trainer import pretrain
 from shard_builder.settings import InputError
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has other signals")
+ENCODER = "timm/test_resnet"
 SECONDS = 10  # between a signal and the saved state, at most
 
 
 def settings(shards, out, **changes):
-    """Settings of a run of three epochs of four steps each."""
-    given = {"shards": str(shards), "out": out, "image_size": 32, "stem": "7x7", "batch_size": 12, "epochs": 3}
+    """Settings of a run of three epochs of four steps each, with a small network: it is about when, not about what."""
+    given = {
+        "shards": str(shards),
+        "out": out,
+        "image_size": 32,
+        "encoder": ENCODER,
+        "batch_size": 12,
+        "epochs": 3,
+    }
     return pretrain_config({**given, "lr": 0.01, "checkpoint_every": 10, **changes})
 
 
@@ -259,46 +263,67 @@ def test_a_run_that_another_process_finished_meanwhile_is_left_alone(shards, tmp
     assert (config.run / "encoder.safetensors").stat().st_mtime == 1
 
 
-BEGUN_THEN_TRAIN = """
-import json, sys
+SAY_BEGUN = """
 from modan_fast import trainer
-from modan_fast.recipes import pretrain_config
 
-begin = trainer.begin
-def say_begun(*arguments, **keywords):
+def begin(*arguments, begin=trainer.begin, **keywords):
     print("begun", flush=True)
     begin(*arguments, **keywords)
-trainer.begin = say_begun
 
-resume = sys.argv[2] == "resume"
-trainer.pretrain(pretrain_config(json.loads(sys.argv[1])), resume=resume, overwrite=not resume)
+trainer.begin = begin
 """
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(2, 3), pytest.param(20, 8, marks=pytest.mark.slow)])
-def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(shards, tmp_path, kills, epochs):
+SMALL, LARGE = ("--encoder", ENCODER), ("--stem", "7x7")
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs", "network"), [(2, 2, SMALL), pytest.param(20, 8, LARGE, marks=pytest.mark.slow)]
+)
+def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(
+    shards, start, succeed, tmp_path, kills, epochs, network
+):
     """Each process is killed at a random moment after it has begun, also while it writes: it saves after each step."""
-    changes = {"epochs": epochs, "checkpoint_minutes": 1e-9, "threads": 2, "store": "host"}
-    whole, config = (settings(shards, tmp_path / name, **changes) for name in ("whole", "run"))
-    begun = time.monotonic()
-    pretrain(whole)
-    seconds = time.monotonic() - begun
+
+    def command(name, *more):
+        own = ("--epochs", str(epochs), "--lr", "0.01", "--checkpoint-minutes", "1e-9", "--store", "host")
+        small = (
+            "--batch-size",
+            "12",
+            "--image-size",
+            "32",
+            "--encoder",
+            ENCODER,
+            "--threads",
+            "2",
+            "--device",
+            "cpu",
+        )
+        return ("pretrain", "--shards", shards, *own, *small, "--out", tmp_path / name, *more)
+
+    def begun(*words):
+        running = start(*words, first=SAY_BEGUN)
+        running.until(lambda: "begun\n" in running.said())
+        return running
+
+    whole, run_folder = begun(*command("whole")), tmp_path / "run"
+    since = time.monotonic()
+    whole.succeeds()
+    seconds = time.monotonic() - since
     generator = random.Random(0)
     survived = []
     for _ in range(kills):
-        how = "resume" if (config.run / "checkpoint.pt").exists() else "overwrite"
-        process = subprocess.Popen(
-            [sys.executable, "-c", BEGUN_THEN_TRAIN, json.dumps(to_json(config)), how], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
+        how = "--resume" if (run_folder / "checkpoint.pt").exists() else "--overwrite"
+        killed = begun(*command("run", how))
         time.sleep(generator.uniform(0, 0.6 * seconds / kills))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "it must be killed before it has finished"
-        if (config.run / "checkpoint.pt").exists():
-            state = load_checkpoint(config.run)
+        killed.signal(signal.SIGKILL)
+        assert killed.end()[0] == -signal.SIGKILL, "it must be killed before it has finished"
+        if (run_folder / "checkpoint.pt").exists():
+            state = load_checkpoint(run_folder)
             survived.append((state["epoch"], state["step"]))
     assert survived == sorted(survived), "no step that was saved is lost"
-    assert resumed(replace(config, threads=1)) == (whole.run / "encoder.safetensors").read_bytes()
-    assert not list(config.run.glob("*.part"))
+    succeed(*command("run", "--resume", "--threads", "1"))
+    encoders = [tmp_path / name / "encoder.safetensors" for name in ("run", "whole")]
+    assert encoders[0].read_bytes() == encoders[1].read_bytes()
+    assert not list(run_folder.glob("*.part"))
     print(f"{kills} kills after epoch and step {survived}: the same encoder", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modan_fast.config import ReportConfig
+from modan_fast.config import ReportConfig, to_json
 from modan_fast.downstream.evaluate import evaluate
 from modan_fast.downstream.predictions import read_finished
 from modan_fast.downstream.results import COLUMNS, CURVE_COLUMNS, Experiment, Results, recorded_settings
@@ -226,7 +226,11 @@ def write_all(folder: Path, name: str, case: bytes) -> None:
         ("predictions.csv", PREDICTIONS),
         ("curves.csv", CURVES),
     ):
-        (folder / other).write_bytes(case if other == name else whole)
+        content = case if other == name else whole
+        if (
+            not (folder / other).exists() or (folder / other).read_bytes() != content
+        ):  # the case before may have left it
+            (folder / other).write_bytes(content)
 
 
 def continue_evaluation(folder: Path) -> None:
@@ -268,9 +272,11 @@ def test_no_runs_json_does_harm(survives) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_no_predictions_do_harm(survives) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_predictions_do_harm(survives, every: int) -> None:
     cases = list(lines_of(PREDICTIONS))
     assert len(cases) >= 2000
+    cases = cases[::every]
     seen = []
 
     def report(folder: Path) -> None:
@@ -286,15 +292,17 @@ def test_no_predictions_do_harm(survives) -> None:
 
     accepted, refused = survives(cases, lambda case, folder: write_all(folder, "predictions.csv", case), use)
     print(f"predictions.csv: {accepted} accepted, {refused} refused")
-    assert accepted > 50
-    assert refused > 1000
+    assert accepted > 50 / every
+    assert refused > 1000 / every
 
 
 @pytest.mark.filterwarnings("ignore:Glyph", "ignore::RuntimeWarning")
-def test_no_curves_do_harm(survives) -> None:
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_curves_do_harm(survives, every: int) -> None:
     cases = list(lines_of(CURVES))
     assert len(cases) >= 2000
-    seen = []
+    cases = cases[::every]
+    seen: list[Path] = []
 
     def use(folder: Path) -> None:
         page_figures._validation_losses(folder / "curves.csv")
@@ -305,8 +313,8 @@ def test_no_curves_do_harm(survives) -> None:
 
     accepted, refused = survives(cases, lambda case, folder: write_all(folder, "curves.csv", case), use)
     print(f"curves.csv: {accepted} accepted, {refused} refused")
-    assert accepted > 50
-    assert refused > 1000
+    assert accepted > 50 / every
+    assert refused > 1000 / every
 
 
 @pytest.fixture
@@ -340,7 +348,6 @@ def test_a_line_that_no_evaluation_wrote_is_named(folder: Path, old: str, new: s
         (("times", 0, "seconds"), float("nan"), "times 0 seconds cannot be nan"),
         (("tasks", "breast", "test_images"), ["x"], "test_images cannot be 'x'"),
         (("versions",), "\ud800", "versions cannot be"),
-        (("versions", "modan_fast"), "\ud800", "text that is no text"),
     ],
 )
 def test_a_part_of_runs_json_of_a_wrong_type_is_named(folder: Path, path: Any, value: Any, found: str) -> None:
@@ -396,11 +403,12 @@ def test_a_fifo_is_not_waited_for(folder: Path, name: str) -> None:
 def test_imagenets_weights_are_not_fetched_for_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(
-        "modan_fast.encoders.ResNet18_Weights.get_state_dict", lambda *_, **__: pytest.fail("fetched")
+        "modan_fast.pretrained.ResNet18_Weights.get_state_dict", lambda *_, **__: pytest.fail("fetched")
     )
+    settings = to_json(evaluate_config({"init": ["imagenet"], "stem": "7x7", "image_size": 32}))
     record = {"kind": "encoder", "path": "torchvision", "sha256": "0" * 64}
     with pytest.raises(InputError, match=r"there is no .*resnet18-f37072fd\.pth: download"):
-        embed._encoder("imagenet", record, {"stem": "7x7", "seed": 0, "sum_filters": True})
+        embed._encoder("imagenet", record, settings)
 
 
 def test_what_a_record_names_is_logged_when_it_is_opened(

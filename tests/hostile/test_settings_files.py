@@ -98,7 +98,7 @@ def files() -> Iterator[bytes]:
     for whole in (json.dumps({"settings": BASE, "versions": {}}).encode(), json.dumps(BASE, indent=1).encode()):
         yield from (b"", b"\xef\xbb\xbf" + whole, whole.decode().encode("utf-16"), whole * 2, whole + b"\0")
         chance = random.Random(0)
-        yield from (mutated(whole, chance) for _ in range(520))
+        yield from (mutated(whole, chance) for _ in range(250))
 
 
 def test_no_settings_file_does_harm(survives) -> None:
