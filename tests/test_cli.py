@@ -300,7 +300,8 @@ def test_debug_shows_where_an_error_arose(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["shard", "verify", "inspect", "pretrain", "evaluate", "report", "demo", "phantom", "doctor"]
+    "command",
+    ["shard", "verify", "inspect", "pretrain", "evaluate", "report", "embed", "export", "demo", "phantom", "doctor"],
 )
 def test_the_help_explains_every_option(run, command):
     code, printed, _ = run(command, "--help")
