@@ -301,7 +301,19 @@ def test_debug_shows_where_an_error_arose(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["shard", "verify", "inspect", "pretrain", "evaluate", "report", "embed", "export", "demo", "phantom", "doctor"],
+    [
+        "shard",
+        "verify",
+        "inspect",
+        "pretrain",
+        "evaluate",
+        "report",
+        "embed",
+        "export",
+        "demo",
+        "phantom",
+        "doctor",
+    ],
 )
 def test_the_help_explains_every_option(run, command):
     code, printed, _ = run(command, "--help")

@@ -116,3 +116,27 @@ def test_what_the_evaluators_recipes_differ_in_can_be_set_one_by_one():
     for name in differing - {"recipe"}:
         value = getattr(released, name)
         assert getattr(evaluate_config({"init": ("scratch",), name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"shards": "pipe:touch PWNED {}"}, "names a URL, and a URL may be a command"),
+        ({"init_from": "timm/resnet50"}, "downloads weights"),
+        ({"out": "/somewhere/else"}, "writes to a folder elsewhere"),
+        ({"out": "runs/../../elsewhere"}, "writes to a folder elsewhere"),
+    ],
+)
+def test_a_settings_file_does_nothing_that_only_the_user_may_ask_for(tmp_path, setting, message):
+    path = tmp_path / "settings.json"
+    for content in (setting, {"settings": setting}):  # written by hand, or a run's record
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"{message}, which is done only if you name it yourself: repeat"):
+            read_settings(path, PretrainConfig)
+        assert read_settings(path, PretrainConfig, named=setting) == {}
+
+
+def test_a_settings_file_may_name_folders_and_files_of_its_own_place(tmp_path):
+    given = {"shards": "sets/mine", "out": "runs/mine", "init_from": "timm/resnet50=weights/theirs.pth"}
+    (tmp_path / "settings.json").write_text(json.dumps(given))
+    assert read_settings(tmp_path / "settings.json", PretrainConfig) == given

@@ -1,5 +1,6 @@
 """What ends a training early, by real signals and kills: what is saved, and the weights that it resumes to."""
 
+import json
 import os
 import random
 import signal
@@ -327,3 +328,36 @@ def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(
     assert encoders[0].read_bytes() == encoders[1].read_bytes()
     assert not list(run_folder.glob("*.part"))
     print(f"{kills} kills after epoch and step {survived}: the same encoder", file=sys.stderr)
+
+
+def test_an_epoch_whose_record_fails_is_recorded_once_the_disk_has_room(shards, tmp_path, whole):
+    class Full:
+        """A logger whose disk is full after the second epoch, once."""
+
+        def __init__(self):
+            self.fails = True
+
+        def log(self, metrics, step):
+            if step == 2 and self.fails:
+                self.fails = False
+                raise OSError(28, "No space left on device", "elsewhere.log")
+
+    config = settings(shards, tmp_path / "run", keep=(2,))
+    with pytest.raises(
+        InputError, match=r"elsewhere.log: No space left on device; 1 epochs and 4 steps are saved"
+    ):
+        pretrain(config, loggers=[Full()])
+    assert resumed(config) == whole
+    log = [json.loads(line)["epoch"] for line in (config.run / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 3]
+    assert (config.run / "encoder-0002.safetensors").exists()
+
+
+def test_a_ctrl_c_after_a_sigterm_still_waits_for_the_step(shards, tmp_path, monkeypatch, whole):
+    config = settings(shards, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: [os.kill(os.getpid(), each) for each in (signal.SIGTERM, signal.SIGINT)])
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    assert load_checkpoint(config.run)["step"] == 2
+    assert resumed(config) == whole

@@ -80,6 +80,7 @@ def test_hostile_settings_of_a_run_are_refused_or_make_no_difference(survives, f
 
 
 def test_a_recorded_command_runs_only_if_it_is_repeated(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("modan_fast.remote.PAUSES", (0.0,) * 4)
     monkeypatch.chdir(tmp_path)
     given = tmp_path / "given"
     given.mkdir()
@@ -221,3 +222,22 @@ def test_a_shard_set_that_was_exchanged_is_refused(finished, shards, tmp_path):
     assert open_shards(other).fingerprint != open_shards(shards).fingerprint
     with pytest.raises(InputError, match="is not the shard set that"):
         pretrain(run.settings_for({"out": str(finished), "shards": str(other)}, resume=True), resume=True)
+
+
+def test_a_pipe_in_place_of_a_checkpoint_is_refused_at_once(survives, finished):
+    def write(name, folder):
+        (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
+        os.mkfifo(folder / name)
+
+    assert survives(["checkpoint.pt"], write, run.load_checkpoint) == (0, 1)
+
+
+def test_the_path_of_a_shard_set_is_recorded_as_it_is_and_a_password_is_not(finished, shards, tmp_path):
+    odd = tmp_path / "set?v=2 name@host"
+    odd.symlink_to(shards)
+    config = replace(run.resumed_config(finished, {}), shards=str(odd), out=tmp_path / "run", epochs=1)
+    pretrain(config)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["shards"] == str(odd)
+    url = replace(config, shards="https://user:secret@host/set?token=secret")
+    run.begin(url, open_shards(shards), preprocessing={}, chosen={}, resumed_at=None)
+    assert "secret" not in (tmp_path / "run" / "config.json").read_text()
