@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout
 
 from shard_builder.atomic import replacing
 from shard_builder.files import read_regular
@@ -17,6 +18,20 @@ from shard_builder.settings import InputError
 
 LOCK = ".lock"
 LARGEST_JSON = 2**28  # bytes
+
+
+def _has_no_locks(path: Path) -> bool:
+    """Whether the file system of a file refuses locks, as some of networks do."""
+    try:
+        import fcntl  # Unix only
+    except ImportError:
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.ENOSYS, errno.EOPNOTSUPP)
+    return False
 
 
 @contextmanager
@@ -30,12 +45,12 @@ def locked(folder: Path, activity: str) -> Iterator[None]:
     path = folder / LOCK
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is no lock: move it away, or choose another folder with `out`")
-    lock: BaseFileLock = FileLock(path, timeout=0)
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         # Where the file system has no locks, the file itself is the lock, and it outlives the death of a machine.
-        left = f"; if none runs on any machine, remove {path}" if isinstance(lock, SoftFileLock) else ""
+        left = f"; if none runs on any machine, remove {path}" if _has_no_locks(path) else ""
         raise InputError(
             f"another {activity} is writing to {folder}: wait for it, or choose another folder with `out`{left}"
         ) from error

@@ -52,6 +52,7 @@ def run(words, environment, closed=False):
     return said
 
 
+@pytest.mark.slow
 def test_the_whole_path_needs_no_home_no_temporary_folder_no_stdin_and_no_utf_8(made, same, tmp_path):
     archive = tmp_path / "Röntgen"
     (made.archive).rename(archive)
