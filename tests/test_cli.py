@@ -348,3 +348,19 @@ def test_ctrl_c_is_answered_with_what_the_same_command_will_do(run, monkeypatch,
     code, printed, said = run(*command)
     assert (code, printed) == (130, "")
     assert "modan-fast: stopped; the same command" in said
+
+
+def test_a_file_that_is_no_dicom_is_named_on_the_users_own_screen_and_nowhere_else(run, monkeypatch, tmp_path):
+    (tmp_path / "pacs").mkdir()
+    shutil.copy(pydicom.data.get_testdata_file("MR_small.dcm"), tmp_path / "pacs" / "IM0001")
+    (tmp_path / "pacs" / "a-patients-notes.dcm").write_bytes(b"no DICOM file, though it is named so" * 10)
+    options = ("--size", 32, "--workers", 1)
+    code, logged, said = run("shard", tmp_path / "pacs", "--out", tmp_path / "logged", *options)
+    assert code == 0
+    assert "left out: " in logged
+    assert "a-patients-notes" not in logged + said
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, shown, _ = run("shard", tmp_path / "pacs", "--out", tmp_path / "shown", *options)
+    assert "left out: a-patients-notes.dcm: " in shown
+    for path in (tmp_path / "shown").iterdir():
+        assert b"a-patients-notes" not in path.read_bytes()
