@@ -233,7 +233,9 @@ def test_a_file_gives_settings_and_options_win(run, refused, shards, tmp_path):
     assert (written["epochs"], written["batch_size"], written["milestones"]) == (2, 12, [1])
     assert (written["augmentation"]["scale"], written["augmentation"]["flip"]) == ([0.5, 1], 1.0)
     # The run's own record gives the same run, which is finished.
-    code, printed, _ = run("pretrain", "--config", tmp_path / "run" / "config.json")
+    record = ("pretrain", "--config", tmp_path / "run" / "config.json")
+    assert "which is done only if you name it yourself: repeat --out " in refused(*record)
+    code, printed, _ = run(*record, "--out", tmp_path / "run")
     assert (code, printed.strip()) == (0, f"{tmp_path / 'run' / 'encoder.safetensors'}: epoch 2")
     (tmp_path / "run.yaml").write_text("batch_size: 12\nbach_size: 8\n")
     said = refused("pretrain", "--config", tmp_path / "run.yaml")
@@ -268,7 +270,7 @@ def test_weights_of_another_architecture_are_named(refused, tmp_path, shards):
     assert not (tmp_path / "run").exists()
     (tmp_path / "other").mkdir()
     foreign.rename(tmp_path / "other" / "encoder.safetensors")
-    with pytest.raises(InputError, match="is no ResNet-18: it has an extra layer1"):
+    with pytest.raises(InputError, match="is no resnet18: it has an extra layer1"):
         load_encoder(tmp_path / "other")
 
 

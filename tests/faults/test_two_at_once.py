@@ -11,7 +11,7 @@ def settled(*commands) -> list[int]:
     codes = [command.end()[0] for command in commands]
     for command in commands:
         command.succeeds() if command.end()[0] == 0 else command.fails()
-    assert 0 in codes
+    assert 0 in codes, [command.said() for command in commands]
     return sorted(codes)
 
 

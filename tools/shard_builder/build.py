@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -25,7 +24,7 @@ from shard_builder.inspect import read_contents
 from shard_builder.labels import vocabularies
 from shard_builder.manifest import Manifest, Rejected
 from shard_builder.options import BuildOptions
-from shard_builder.output import building, check_output, existing_set, recover, replace_set
+from shard_builder.output import building, check_output, clear, existing_set, recover, replace_set
 from shard_builder.pseudonym import key_beside
 from shard_builder.report import write_report
 from shard_builder.settings import InputError, Progress, no_progress, usable_cores
@@ -96,7 +95,7 @@ def build(
         rejected.sort(key=lambda each: (each.source, each.reason))
         kept = np.setdiff1d(np.arange(len(chosen)), list(packed.reasons))
         if not len(kept):
-            shutil.rmtree(folder)
+            clear(folder)
             example = f", such as {rejected[0].source}: {rejected[0].reason}" if rejected else ""
             raise InputError(f"no usable image in {source}: {len(rejected):,} were rejected{example}")
 

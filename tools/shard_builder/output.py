@@ -96,12 +96,21 @@ def building(path: Path, out: Path) -> Iterator[Path]:
                     f"{folder} holds {as_text(foreign[0])}, which does not belong to a build: move it away"
                 )
             yield folder
-            shutil.rmtree(folder)
-        except BaseException:
+            clear(folder)
+        finally:
+            # The lock goes last. From then on another build may use the folder, and makes a lock of its own in it.
             with suppress(OSError):
                 (folder / "lock").unlink(missing_ok=True)
                 folder.rmdir()
-            raise
+
+
+def clear(folder: Path) -> None:
+    """Remove what a build has left in the folder it works in, except its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 def _unwritable(out: Path, error: OSError) -> InputError:
