@@ -279,27 +279,20 @@ SMALL, LARGE = ("--encoder", ENCODER), ("--stem", "7x7")
 
 
 @pytest.mark.parametrize(
-    ("kills", "epochs", "network"), [(2, 2, SMALL), pytest.param(20, 8, LARGE, marks=pytest.mark.slow)]
+    ("kills", "epochs", "network", "pace"),
+    [(2, 4, SMALL, 0.4), pytest.param(20, 8, LARGE, 1.0, marks=pytest.mark.slow)],
 )
 def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(
-    shards, start, succeed, tmp_path, kills, epochs, network
+    shards, start, succeed, tmp_path, kills, epochs, network, pace
 ):
-    """Each process is killed at a random moment after it has begun, also while it writes: it saves after each step."""
+    """Each process is killed at a random moment after it has begun, also while it writes: it saves after each step.
+
+    All its waits together are `pace` times as long as an undisturbed run, or less.
+    """
 
     def command(name, *more):
         own = ("--epochs", str(epochs), "--lr", "0.01", "--checkpoint-minutes", "1e-9", "--store", "host")
-        small = (
-            "--batch-size",
-            "12",
-            "--image-size",
-            "32",
-            "--encoder",
-            ENCODER,
-            "--threads",
-            "2",
-            "--device",
-            "cpu",
-        )
+        small = ("--batch-size", "12", "--image-size", "32", "--threads", "2", "--device", "cpu", *network)
         return ("pretrain", "--shards", shards, *own, *small, "--out", tmp_path / name, *more)
 
     def begun(*words):
@@ -313,17 +306,20 @@ def test_training_that_is_killed_again_and_again_ends_with_the_same_encoder(
     seconds = time.monotonic() - since
     generator = random.Random(0)
     survived = []
+
+    def how() -> str:
+        return "--resume" if (run_folder / "checkpoint.pt").exists() else "--overwrite"
+
     for _ in range(kills):
-        how = "--resume" if (run_folder / "checkpoint.pt").exists() else "--overwrite"
-        killed = begun(*command("run", how))
-        time.sleep(generator.uniform(0, 0.6 * seconds / kills))
+        killed = begun(*command("run", how()))
+        time.sleep(generator.uniform(0, pace * seconds / kills))
         killed.signal(signal.SIGKILL)
         assert killed.end()[0] == -signal.SIGKILL, "it must be killed before it has finished"
         if (run_folder / "checkpoint.pt").exists():
             state = load_checkpoint(run_folder)
             survived.append((state["epoch"], state["step"]))
     assert survived == sorted(survived), "no step that was saved is lost"
-    succeed(*command("run", "--resume", "--threads", "1"))
+    succeed(*command("run", how(), "--threads", "1"))
     encoders = [tmp_path / name / "encoder.safetensors" for name in ("run", "whole")]
     assert encoders[0].read_bytes() == encoders[1].read_bytes()
     assert not list(run_folder.glob("*.part"))
