@@ -267,11 +267,20 @@ class TrainState:
         self.clock = EpochClock(self.device, float(state["seconds"]), float(state["waited"]))
 
 
+def batches(rows: Tensor, size: int) -> list[Tensor]:
+    """`rows` in batches of `size`; the last one may be smaller, but a single row joins the batch before it.
+
+    The last feature map of a small image is one pixel, and batch-norm cannot train on one value per channel.
+    """
+    found = list(rows.split(size))
+    if len(found) > 1 and len(found[-1]) == 1:
+        found[-2:] = [torch.cat(found[-2:])]
+    return found
+
+
 def micro_batches(images: int, size: int, views: int) -> list[Tensor]:
-    """The rows of all views of `size` images at a time; a last one of a single image joins the one before it."""
-    parts = list(torch.arange(images).split(size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
+    """The rows of all views of `size` images at a time, as `batches` divides the images."""
+    parts = batches(torch.arange(images), size)
     return [torch.cat([part + view * images for view in range(views)]) for part in parts]
 
 

@@ -19,12 +19,8 @@ from shard_builder.files import open_regular
 from shard_builder.settings import InputError
 
 LARGEST_FILE = 2**33  # bytes; the largest encoders in use have 4 GB
-INTEGERS = {
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-}  # of buffers that no encoder needs, such as counters
+# Of buffers that no encoder needs, such as counters.
+INTEGERS = {torch.int64, torch.int32, torch.uint8, torch.bool}
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher")  # under which a file may keep its weights
@@ -57,9 +53,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             weights = tensors_in(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except UnusableError:
         raise
-    except (
-        Exception
-    ) as error:  # the libraries raise anything, and torch's message advises to run code from the file
+    # The libraries raise anything, and torch's message advises to run code from the file.
+    except Exception as error:
         reason = "no safetensors file" if path.suffix == ".safetensors" else "no file of tensors alone"
         raise UnusableError(f"it is {reason}, or damaged") from error
     for name, value in weights.items():

@@ -16,6 +16,7 @@ from modan_fast.config import EvaluateConfig, Protocol
 from modan_fast.downstream.probe import CLASSES, apply, apply_to_all, initial_head, lr_at
 from modan_fast.downstream.tasks import FoldRun, Task
 from modan_fast.encoders import Architecture, Encoder
+from modan_fast.step import batches
 
 
 class TaskNetwork(NamedTuple):
@@ -110,14 +111,3 @@ def _reset(network: nn.Sequential, encoder_weights: Mapping[str, Tensor], fold_r
     if isinstance(head, nn.Linear):
         start = initial_head(fold_run, seed, encoder.num_features)
         head.load_state_dict({"weight": start[:, :-1], "bias": start[:, -1]})
-
-
-def batches(rows: Tensor, size: int) -> list[Tensor]:
-    """`rows` in batches of `size`; the last one may be smaller, but a single row joins the batch before it.
-
-    The last feature map of a small image is one pixel, and batch-norm cannot train on one value per channel.
-    """
-    found = list(rows.split(size))
-    if len(found) > 1 and len(found[-1]) == 1:
-        found[-2:] = [torch.cat(found[-2:])]
-    return found

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from modan_fast.config import EvaluateConfig, Protocol
-from modan_fast.downstream.finetune import TaskNetwork, batches, task_network, train
+from modan_fast.downstream.finetune import TaskNetwork, task_network, train
 from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task
 from modan_fast.encoders import Architecture, Encoder
 from modan_fast.recipes import evaluate_config
+from modan_fast.step import batches
 
 CPU = torch.device("cpu")
 
