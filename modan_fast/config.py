@@ -25,7 +25,8 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "fp16", "bf16"]
 RendererName = Literal["auto", "dali", "torch"]
 Tier = Literal["auto", "gpu", "host", "stream"]
-Protocol = Literal["finetune", "probe"]
+Protocol = Literal["finetune", "probe", "logistic", "knn"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 FinetuneHead = Literal["linear", "identity", "identity-except-simclr"]
 
 LARGEST_SEED = 2**63 - 1
@@ -207,10 +208,30 @@ class PretrainConfig:
     )
     micro_batch: int | None = option(
         None,
-        "Images that are computed at a time, to save memory; the loss is still that of the whole batch. Takes about a "
+        "Images that are computed at a time, on all ranks together, to save memory; the loss is still that of the whole batch. Takes about a "
         "third more time; batch-norm sees a micro-batch.",
         least=2,
         why="batch-norm needs two images",
+    )
+    sync_batch_norm: bool = option(
+        True,
+        "With several ranks (torchrun): batch-norm takes its statistics from the images of all ranks, so that their "
+        "number changes nothing.",
+    )
+    deterministic: bool = option(
+        False,
+        "On a GPU: use only operations that give the same bits each time, which is slower. A CPU always does.",
+        changeable=True,
+    )
+    monitor_every: int = option(
+        1,
+        "Epochs between two looks at what the encoder knows of images held out for it; 0: none.",
+        changeable=True,
+        least=0,
+    )
+    monitor_held_out: bool = option(False, "Leave the images of the monitor out of training.")
+    log: tuple[LoggerName, ...] = option(
+        (), "Also log to wandb or mlflow; TensorBoard is used where it is installed. Repeatable.", changeable=True
     )
     checkpoint_activations: bool = option(
         False, "Compute activations of a timm/ encoder again instead of keeping them: less memory, more time."
@@ -259,20 +280,47 @@ class EvaluateConfig:
     """Settings of `modan-fast evaluate`; the defaults are the paper's downstream training (recipe `paper`)."""
 
     task: Path = option(
-        Path("task"), "Task: images with dataframe/*_{train,val,test}_fold{1..5}.csv, or two class folders."
+        Path("task"),
+        "Task: a folder with dataframe/*_{train,val,test}_fold{1..5}.csv or *_{train,val,test}.csv, with class "
+        "folders, or with train, val and test folders of them; a CSV file with a column for each label; a .npz file "
+        "of MedMNIST; a CSV file that names DICOM files.",
     )
     init: tuple[str, ...] = option(
         (),
         "Encoder to judge: a run folder, a file of weights, ENCODER=FILE for another program's (as "
         "timm/densenet121=FILE), timm/NAME for published weights, scratch, or imagenet. Repeatable.",
     )
-    protocol: tuple[Protocol, ...] = option(("finetune", "probe"), "Protocol; both by default. Repeatable.")
+    protocol: tuple[Protocol, ...] = option(
+        ("finetune", "probe", "logistic", "knn"),
+        "Protocol; all by default: finetune and probe as in the paper, logistic regression to convergence, and k "
+        "nearest neighbours. Repeatable.",
+    )
+    labels: tuple[int, ...] = option(
+        (), "Also train on as many labelled images of each class, to draw few-label curves. Repeatable.", least=1
+    )
+    tries: int = option(5, "How often those images are sampled, for each fold.", least=1)
     recipe: Recipe = option("paper", "Named settings: the paper's text, or the code its authors released.")
     out: Path = option(Path("results"), "Results folder to write.")
     group: str | None = option(
         None, "Patient of an image: a column of the fold files, or a regular expression for its path."
     )
     positive: str | None = option(None, "Positive one of two class folders; malignant, yes, 1 or the second.")
+    words: str | None = option(
+        None, "What words of a label column mean, as positive=p|NCP,negative=n; the published tasks' are known."
+    )
+    columns: tuple[str, ...] = option(
+        (), "Label columns of a CSV file, each 0 or 1; by default all that hold only these. Repeatable."
+    )
+    subgroup: tuple[str, ...] = option(
+        (),
+        "Column, such as institution, device or sex, by whose values the report divides each metric. Repeatable.",
+    )
+    leave_out: str | None = option(
+        None, "Column, such as institution: each fold tests on one of its values, and trains on the others."
+    )
+    color: bool = option(
+        False, "Give encoders of three channels the colours of the images; else three equal grey channels."
+    )
     repeats: int = option(10, "How often all folds are trained.", least=1)
     epochs: int = option(10, "Epochs of each training.", least=1)
     batch_size: int = option(32, "Images per step.", least=2, why="batch-norm needs two images")

@@ -1,0 +1,239 @@
+"""The processes of one run, one for each GPU (torch.distributed): who this one is, and how they agree.
+
+torchrun starts them. Without it there is one rank, which agrees with itself, and nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shard_builder.settings import InputError
+
+Result = TypeVar("Result")
+
+# Ranks wait for one another while a set is decoded, which takes as long as it takes; a dead one is noticed at once.
+PATIENCE = timedelta(hours=4)
+
+
+class EndedElsewhere(Exception):  # noqa: N818 - what is wrong is said by the rank where it happened, or by rank 0
+    """Another rank ended the work; `code` is the exit code that all ranks end with."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LostRankError(InputError):
+    """Another rank has ended without a word, as after a kill."""
+
+
+class _Failure(NamedTuple):
+    """What went wrong on a rank: the kind of its error and the message."""
+
+    kind: type[Exception]
+    message: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, and which of them this process is.
+
+    `rank` counts from 0 to `size` - 1 over all machines, `local_rank` to `local_size` - 1 on this one. `restarts`
+    counts how often torchrun has started them anew. `control` is the group for what ranks tell one another on CPUs
+    (gloo); None for one rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0
+    control: Any = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which locks, writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> int:
+        """How many of `count` items, dealt out in turn, are this rank's."""
+        return self.shares(count)[self.rank]
+
+    def shares(self, count: int) -> list[int]:
+        """How many of `count` items, dealt out in turn, each rank gets."""
+        return [len(range(rank, count, self.size)) for rank in range(self.size)]
+
+    def highest(self, values: Sequence[float]) -> list[float]:
+        """The highest value of all ranks, for each of `values`; waits for all ranks, but not for a GPU."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        with noticing_lost_ranks():
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return list(found.tolist())
+
+    def all(self, value: Result) -> list[Result]:
+        """What each rank has, by rank; any object that can be pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with noticing_lost_ranks():
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def from_first(self, value: Result) -> Result:
+        """What rank 0 has."""
+        if self.size == 1:
+            return value
+        found = [value if self.first else None]
+        with noticing_lost_ranks():
+            dist.broadcast_object_list(found, src=0, group=self.control)
+        return found[0]  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """`work()`, done on every rank; if it fails on one, all raise.
+
+        An `InputError`, OSError or other error of `Exception` is raised as it came where it happened, on rank 0 as an
+        `InputError` that names the rank, and elsewhere as `EndedElsewhere`.
+        """
+        if self.size == 1:
+            return work()
+        raised: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except EndedElsewhere:
+            raise  # agreed on already
+        except Exception as error:  # whatever it is, the others must not wait for it
+            raised = error
+        self.agree(raised)
+        return result  # type: ignore[no-any-return]
+
+    def decided(self, work: Callable[[], Result]) -> Result:
+        """`work()`, done on rank 0 alone; all ranks get its result, or raise as in `together`."""
+        return self.from_first(self.together(lambda: work() if self.first else None))  # type: ignore[return-value]
+
+    def agree(self, raised: BaseException | None) -> None:
+        """Raise, as in `together`, if an error was raised on any rank."""
+        failures = self.all(None if raised is None else _failure(raised))
+        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
+        if not failed:
+            return
+        failure = failures[failed[0]]
+        assert failure is not None
+        if self.first:
+            if raised is not None:
+                raise raised
+            raise InputError(f"rank {failed[0]} of {self.size}: {failure.message}")
+        code = 1 if issubclass(failure.kind, FloatingPointError) else 2
+        raise EndedElsewhere(f"rank {failed[0]}: {failure.message}", code) from raised
+
+
+def _failure(error: BaseException) -> _Failure:
+    known = isinstance(error, (InputError, OSError, FloatingPointError))
+    kind = type(error) if type(error).__module__ == "builtins" else InputError
+    return _Failure(
+        kind if issubclass(kind, Exception) else InputError,
+        str(error) if known else f"{type(error).__name__}: {error}",
+    )
+
+
+ONE = Ranks()
+
+
+@contextmanager
+def noticing_lost_ranks() -> Iterator[None]:
+    """Raise `LostRankError` if another rank has gone while this one talks with it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        raise LostRankError(
+            "another rank has ended unexpectedly: see what it printed, or why it was killed"
+        ) from error
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank does not answer any more."""
+    return isinstance(error, dist.DistError) or any(
+        sign in str(error) for sign in ("gloo", "Connection closed by peer", "Connection reset by peer")
+    )
+
+
+def launched() -> bool:
+    """Whether this process is one of several that torchrun, or a like program, has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def silent() -> bool:
+    """Whether another rank speaks for this process."""
+    return launched() and os.environ.get("RANK") != "0"
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks of this run, connected; alone where torchrun has not started several.
+
+    `device` is as in `PretrainConfig`. On GPUs each rank gets the GPU of its number on the machine. Raises `InputError`
+    if there are fewer GPUs than ranks, or if the other ranks cannot be reached.
+    """
+    if not launched():
+        yield ONE
+        return
+    rank, size, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if gpus:
+        if local_size > gpus:
+            raise InputError(
+                f"{local_size} ranks on a machine with {gpus} GPUs: start as many as it has, or pass `device=cpu`"
+            )
+        torch.cuda.set_device(local_rank)
+    begun_here = not dist.is_initialized()
+    if begun_here:
+        dist.init_process_group(
+            "nccl" if gpus else "gloo", device_id=torch.device("cuda", local_rank) if gpus else None
+        )
+    try:
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+        yield Ranks(rank, size, local_rank, local_size, restarts, control)
+    finally:
+        if begun_here:
+            dist.destroy_process_group()
+
+
+def gathered(own: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows of all ranks, rank by rank: (n, …) to (N, …); `counts` says how many each rank has, 0 included.
+
+    No gradient flows through it. Without torch.distributed it is `own`.
+    """
+    if len(counts) == 1:
+        return own
+    most = max(counts)
+    padded = own.new_zeros(most, *own.shape[1:])
+    padded[: len(own)] = own.detach()
+    found = own.new_empty(len(counts) * most, *own.shape[1:])
+    dist.all_gather_into_tensor(found, padded)
+    if min(counts) == most:
+        return found
+    return torch.cat([part[:count] for part, count in zip(found.split(most), counts, strict=True)])
+
+
+def summed(own: Tensor) -> Tensor:
+    """The sum over all ranks; no gradient flows through it."""
+    total = own.detach().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total)
+    return total
