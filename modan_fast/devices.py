@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
-from contextlib import AbstractContextManager
+import sysconfig
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -60,24 +66,100 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def tuned_convolutions() -> AbstractContextManager[None]:
-    """Let cuDNN time its algorithms once per shape and take the fastest; for shapes that stay the same."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True)
+def tuned_convolutions(deterministic: bool = False) -> AbstractContextManager[None]:
+    """Let cuDNN time its algorithms once per shape and take the fastest; for shapes that stay the same.
+
+    If `deterministic`, it takes the same algorithm each time instead, and only one that gives the same bits.
+    """
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=not deterministic, deterministic=deterministic, allow_tf32=True
+    )
+
+
+@contextmanager
+def same_bits(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Within it, if `wanted`, a GPU uses only operations that give the same bits each time.
+
+    An operation without such an implementation raises a RuntimeError, which `is_not_deterministic` knows. Beside it,
+    convolutions need `tuned_convolutions(deterministic=True)`. Nothing changes on a CPU, which always gives the same
+    bits. cuBLAS reads its variable when it is first used, so this must begin before any work on the GPU.
+    """
+    if not wanted or device.type == "cpu":
+        yield
+        return
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.get(variable)
+    strict = torch.are_deterministic_algorithms_enabled()
+    lenient = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic  # mypy does not see its attribute
+    filled = memory.fill_uninitialized_memory
+    os.environ.setdefault(variable, ":4096:8")
+    # Only warned of, attention would stay as it is: strict, it changes to an algorithm that gives the same bits.
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # every value is written before it is read
+    try:
+        yield
+    finally:
+        memory.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(strict, warn_only=lenient)
+        if before is None:
+            os.environ.pop(variable, None)
+
+
+def is_not_deterministic(error: BaseException) -> bool:
+    """Whether an error says that an operation cannot give the same bits each time, as `same_bits` wants."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)
 
 
 def wants_compile(asked: bool | None, device: torch.device) -> bool:
-    """Whether to compile: as `asked`, by default on GPUs only; never, with a warning, without a C++ compiler."""
+    """Whether to compile: as `asked`, by default on GPUs only.
+
+    Never, with a warning that says what to install, where something is missing that torch.compile needs.
+    """
     if not (device.type == "cuda" if asked is None else asked):
         return False
-    if compiler():
-        return True
-    log.warning("no C++ compiler found, so nothing is compiled: install g++ for more speed")
-    return False
+    missing = missing_for_compile(device)
+    if missing:
+        log.warning("nothing is compiled, which costs speed: %s", "; ".join(missing))
+    return not missing
 
 
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use, or None."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+def missing_for_compile(device: torch.device) -> list[str]:
+    """What torch.compile needs and this machine lacks, each with what to install; empty if nothing is missing."""
+    missing = []
+    if not compiler("C++"):
+        missing.append("no C++ compiler (install g++)")
+    if not python_header():
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        missing.append(f"no Python.h (install {version}, or use a Python that uv has installed)")
+    if device.type == "cuda":
+        # Triton compiles GPU code, and with a C compiler what starts it.
+        if not compiler("C"):
+            missing.append("no C compiler (install gcc)")
+        if importlib.util.find_spec("triton") is None:
+            missing.append("no Triton (it comes with torch on Linux)")
+        elif torch.cuda.get_device_capability(device) < (7, 0):
+            missing.append("a GPU that Triton does not know (it needs compute capability 7.0)")
+    return missing
+
+
+def compiler(language: str) -> str | None:
+    """The compiler that torch.compile would use for `C` or `C++`, as a path, or None."""
+    if language == "C++":  # as torch._inductor searches
+        usual = ["clang++"] if sys.platform == "darwin" else ["cl"] if sys.platform == "win32" else ["g++"]
+    else:  # as Triton does
+        usual = ["gcc", "clang"]
+    given = os.environ.get({"C": "CC", "C++": "CXX"}[language])
+    if given is not None:
+        usual = shlex.split(given)[:1]  # options may follow
+    return next((path for name in usual if (path := shutil.which(name))), None)
+
+
+def python_header() -> Path | None:
+    """Python.h, without which no extension of Python can be compiled; None where Python came without it."""
+    # Debian's own scheme differs from where its package puts the file.
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
+    return next((path for folder in folders if (path := Path(folder, "Python.h")).is_file()), None)
 
 
 def pixel_budget(tier: str, device: torch.device) -> tuple[float, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +19,28 @@ from modan_fast.ahead import one_ahead
 from modan_fast.augment import ViewParameters, sample_order, view_parameters
 from modan_fast.config import Augmentation, PretrainConfig, RendererName, Tier
 from modan_fast.devices import compute_type, pick_device
+from modan_fast.ranks import ONE, Ranks
 from modan_fast.render import Renderer, Rendering, open_renderer
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.store import Store, open_store
 from modan_fast.stream import Ids, PixelBatch
-from shard_builder.settings import InputError, Progress, no_progress, usable_cores
+from shard_builder.settings import InputError, Progress, no_progress
 
 
 @dataclass(frozen=True)
 class Batch:
     """`views` (V, 1, H, H) in [0, 1], channels-last, in the compute type; rows i and i + B show one image.
     `labels` (B, K) uint8, 0/1; `targets` (B,) int64, class indices; `ids` (B,) int64, sample ids, on the CPU.
+
+    `counts` are the images of each rank in this step, by rank; B of them are here, which may be none. `()` means that
+    all are here.
     """
 
     views: Tensor
     labels: Tensor
     targets: Tensor
     ids: Tensor
+    counts: tuple[int, ...] = ()
 
 
 class Loader:
@@ -43,7 +48,8 @@ class Loader:
 
     Iterating over it gives the batches of the next epoch, from epoch 0 on; `len` is the number of batches in one.
     Every sample comes exactly once an epoch; `drop_last` leaves out a last batch that is not full. `batch_size` counts
-    the images of a step on all ranks together; each rank gets every `world_size`-th of them.
+    the images of a step on all ranks together; each rank gets every `world_size`-th of them, so that a rank may have
+    none in a last batch that is smaller than the number of ranks.
     """
 
     def __init__(
@@ -59,16 +65,17 @@ class Loader:
         window: int = 2**14,
         rank: int = 0,
         world_size: int = 1,
+        rendering: Rendering | None = None,
     ) -> None:
+        """`rendering` says what views are where a rank has none to render."""
         self.store, self.renderer, self.augmentation = store, renderer, augmentation
         self.batch_size, self.seed, self.drop_last, self.views = batch_size, seed, drop_last, views
-        self.window, self.rank, self.world_size = window, rank, world_size
+        self.window, self.rank, self.world_size, self.rendering = window, rank, world_size, rendering
         self._epochs = itertools.count()
 
     def __len__(self) -> int:
-        # A remainder with fewer images than ranks is left out.
         full, rest = divmod(sum(self.store.counts), self.batch_size)
-        return full + (rest >= self.world_size and not self.drop_last)
+        return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(next(self._epochs))
@@ -81,6 +88,11 @@ class Loader:
             for step in range(start, len(self))
         ]
 
+    def counts(self, step: int) -> tuple[int, ...]:
+        """The number of images that each rank has in a step of an epoch."""
+        images = min(self.batch_size, sum(self.store.counts) - step * self.batch_size)
+        return tuple(len(range(rank, images, self.world_size)) for rank in range(self.world_size))
+
     def parameters(self, epoch: int, ids: Ids) -> ViewParameters:
         """The parameters of all views of a batch: the first views of all images, then the second."""
         view = np.repeat(np.arange(self.views), len(ids))
@@ -91,7 +103,8 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of an epoch from step `start` on; the next one is rendered while one is in use."""
         with closing(self._ready(epoch, start)) as ready:
-            yield from one_ahead(ready, self.submit, self.collect)
+            for step, batch in enumerate(one_ahead(ready, self.submit, self.collect), start):
+                yield replace(batch, counts=self.counts(step))
 
     def endless(self) -> Generator[Batch, None, None]:
         """The batches of epoch after epoch."""
@@ -107,14 +120,21 @@ class Loader:
     def submit(self, ready: tuple[PixelBatch, ViewParameters]) -> None:
         """Start rendering a batch."""
         batch, parameters = ready
-        self.renderer.submit(batch.pixels, parameters)
+        if len(batch.ids):
+            self.renderer.submit(batch.pixels, parameters)
 
     def collect(self, ready: tuple[PixelBatch, ViewParameters]) -> Batch:
         """The oldest submitted batch, rendered; waits until it is."""
         batch, _ = ready
-        views = self.renderer.collect()
+        views = self.renderer.collect() if len(batch.ids) else self._no_views()
         labels, targets = (each.to(views.device, non_blocking=True) for each in (batch.labels, batch.targets))
         return Batch(views, labels, targets, torch.from_numpy(batch.ids))
+
+    def _no_views(self) -> Tensor:
+        """What a rank has in a step in which it has no image."""
+        made = self.rendering
+        assert made is not None, "a loader of several ranks needs `rendering`"
+        return torch.empty((0, 1, made.size, made.size), dtype=made.dtype, device=made.device)
 
 
 def open_loader(
@@ -132,15 +152,18 @@ def open_loader(
     store: Tier = "auto",
     shuffle_window: int = 2**14,
     threads: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
+    ranks: Ranks = ONE,
     progress: Progress = no_progress,
 ) -> Loader:
     """A loader for the shard set in a folder or behind a URL: `for batch in open_loader("shards")`.
 
     `batch_size` is in images (by default 256, or all where there are fewer), `image_size` in pixels (by default that of
     the stored images). `device`, `precision`, `renderer` and `store` are as in `PretrainConfig`. The set is decoded
-    into memory first, if it fits there. In a distributed program of your own, pass `rank` and `world_size`.
+    into memory first, if it fits there. In a distributed program of your own, pass `rank` and `world_size`: each
+    process then keeps a set of its own in memory. `ranks` are those of `modan-fast pretrain`, which share one a
+    machine; all of them must call this function together. `threads` are by default a rank's share of the cores.
 
     Raises `InputError` if the set is missing, damaged, smaller than a batch, or too large for the `store` asked for.
     """
@@ -154,7 +177,7 @@ def open_loader(
             "one"
         )
     where = device if isinstance(device, torch.device) else pick_device(device)
-    threads = threads or usable_cores()
+    threads = threads or ranks.cores
     pixels = open_store(
         opened,
         tier=store,
@@ -162,7 +185,8 @@ def open_loader(
         device=where,
         batch_size=batch_size,
         threads=threads,
-        progress=progress,
+        ranks=ranks,
+        progress=progress if ranks.first else no_progress,
     )
     rendering = Rendering(
         canvas=pixels.canvas,
@@ -182,13 +206,19 @@ def open_loader(
         drop_last=drop_last,
         views=views,
         window=shuffle_window,
-        rank=rank,
-        world_size=world_size,
+        rank=ranks.rank if rank is None else rank,
+        world_size=ranks.size if world_size is None else world_size,
+        rendering=rendering,
     )
 
 
 def loader_of(
-    config: PretrainConfig, shards: ShardSet, *, device: torch.device, progress: Progress = no_progress
+    config: PretrainConfig,
+    shards: ShardSet,
+    *,
+    device: torch.device,
+    ranks: Ranks = ONE,
+    progress: Progress = no_progress,
 ) -> Loader:
     """The loader of a pretraining run. Raises as `open_loader`."""
     return open_loader(
@@ -205,5 +235,6 @@ def loader_of(
         store=config.store,
         shuffle_window=config.shuffle_window,
         threads=config.threads,
+        ranks=ranks,
         progress=progress,
     )

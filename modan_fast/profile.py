@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from modan_fast.config import PretrainConfig
-from modan_fast.devices import pick_device, synchronise
+from modan_fast.devices import pick_device, same_bits, synchronise
 from modan_fast.loader import Loader, loader_of
 from modan_fast.metrics import EpochClock
 from modan_fast.shards import open_shards
@@ -67,8 +67,9 @@ def profile(config: PretrainConfig, progress: Progress = no_progress) -> Profile
     device = pick_device(config.device)
     loader = loader_of(config, shards, device=device, progress=progress)
     state = TrainState(config, classes=len(shards.manifest.classes), steps=len(loader), device=device)
-    step, waits = _in_training(loader, state, progress)
-    return Profile(_one_by_one(loader, state, progress), step, waits)
+    with same_bits(config.deterministic, device):
+        step, waits = _in_training(loader, state, progress)
+        return Profile(_one_by_one(loader, state, progress), step, waits)
 
 
 def _in_training(loader: Loader, state: TrainState, progress: Progress) -> tuple[float, float]:

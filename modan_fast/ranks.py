@@ -6,9 +6,11 @@ torchrun starts them. Without it there is one rank, which agrees with itself, an
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,12 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shard_builder.settings import InputError
+from shard_builder.settings import InputError, usable_cores
 
 Result = TypeVar("Result")
 
 # Ranks wait for one another while a set is decoded, which takes as long as it takes; a dead one is noticed at once.
 PATIENCE = timedelta(hours=4)
+ARRIVAL = timedelta(minutes=10)
+STOPPED = 130  # exit code after an interruption
+LOST = "another rank has ended unexpectedly: see what it printed, or why it was killed"
+AGREED = "agreed_by_ranks"  # attribute of an error that all ranks know of
 
 
 class EndedElsewhere(Exception):  # noqa: N818 - what is wrong is said by the rank where it happened, or by rank 0
@@ -37,9 +43,9 @@ class LostRankError(InputError):
 
 
 class _Failure(NamedTuple):
-    """What went wrong on a rank: the kind of its error and the message."""
+    """What went wrong on a rank: the exit code and the message."""
 
-    kind: type[Exception]
+    code: int
     message: str
 
 
@@ -63,6 +69,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is rank 0, which locks, writes and speaks."""
         return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """This rank's share of the machine's cores."""
+        return max(1, usable_cores() // self.local_size)
 
     def share(self, count: int) -> int:
         """How many of `count` items, dealt out in turn, are this rank's."""
@@ -102,49 +113,54 @@ class Ranks:
     def together(self, work: Callable[[], Result]) -> Result:
         """`work()`, done on every rank; if it fails on one, all raise.
 
-        An `InputError`, OSError or other error of `Exception` is raised as it came where it happened, on rank 0 as an
-        `InputError` that names the rank, and elsewhere as `EndedElsewhere`.
+        An error is raised as it came where it happened, on rank 0 as an `InputError` that names the rank, and elsewhere
+        as `EndedElsewhere`; an interruption as KeyboardInterrupt on all.
         """
         if self.size == 1:
             return work()
-        raised: Exception | None = None
+        raised: BaseException | None = None
         result: Any = None
         try:
             result = work()
-        except EndedElsewhere:
-            raise  # agreed on already
-        except Exception as error:  # whatever it is, the others must not wait for it
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is, the others must not wait for it
+            if getattr(error, AGREED, False):
+                raise
             raised = error
         self.agree(raised)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def decided(self, work: Callable[[], Result]) -> Result:
         """`work()`, done on rank 0 alone; all ranks get its result, or raise as in `together`."""
-        return self.from_first(self.together(lambda: work() if self.first else None))  # type: ignore[return-value]
+        result = self.together(lambda: work() if self.first else None)
+        return self.from_first(result)  # type: ignore[return-value]
 
     def agree(self, raised: BaseException | None) -> None:
-        """Raise, as in `together`, if an error was raised on any rank."""
+        """Raise, as in `together`, if an error was raised on any rank. Every rank must get here."""
         failures = self.all(None if raised is None else _failure(raised))
-        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
+        failed = [(rank, failure) for rank, failure in enumerate(failures) if failure is not None]
         if not failed:
             return
-        failure = failures[failed[0]]
-        assert failure is not None
-        if self.first:
-            if raised is not None:
-                raise raised
-            raise InputError(f"rank {failed[0]} of {self.size}: {failure.message}")
-        code = 1 if issubclass(failure.kind, FloatingPointError) else 2
-        raise EndedElsewhere(f"rank {failed[0]}: {failure.message}", code) from raised
+        rank, failure = failed[0]
+        error: BaseException
+        if raised is not None and (self.first or isinstance(raised, KeyboardInterrupt)):
+            error = raised
+        elif failure.code == STOPPED:
+            error = KeyboardInterrupt(failure.message)
+        elif self.first:
+            error = InputError(f"rank {rank} of {self.size}: {failure.message}")
+        else:
+            error = EndedElsewhere(f"rank {rank} of {self.size}: {failure.message}", failure.code)
+        setattr(error, AGREED, True)
+        raise error from (None if error is raised else raised)
 
 
 def _failure(error: BaseException) -> _Failure:
-    known = isinstance(error, (InputError, OSError, FloatingPointError))
-    kind = type(error) if type(error).__module__ == "builtins" else InputError
-    return _Failure(
-        kind if issubclass(kind, Exception) else InputError,
-        str(error) if known else f"{type(error).__name__}: {error}",
-    )
+    if isinstance(error, KeyboardInterrupt):
+        return _Failure(STOPPED, str(error))
+    if isinstance(error, FloatingPointError):
+        return _Failure(1, str(error))
+    known = isinstance(error, (InputError, OSError))
+    return _Failure(2, str(error) if known else f"{type(error).__name__}: {error}")
 
 
 ONE = Ranks()
@@ -158,9 +174,7 @@ def noticing_lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if not lost_rank(error):
             raise
-        raise LostRankError(
-            "another rank has ended unexpectedly: see what it printed, or why it was killed"
-        ) from error
+        raise LostRankError(LOST) from error
 
 
 def lost_rank(error: BaseException) -> bool:
@@ -200,18 +214,51 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
                 f"{local_size} ranks on a machine with {gpus} GPUs: start as many as it has, or pass `device=cpu`"
             )
         torch.cuda.set_device(local_rank)
+    else:
+        # torchrun leaves a process one thread if nobody says otherwise.
+        torch.set_num_threads(max(1, usable_cores() // local_size))
     begun_here = not dist.is_initialized()
     if begun_here:
+        found = next(iter(dist.rendezvous("env://")))[0]
         dist.init_process_group(
-            "nccl" if gpus else "gloo", device_id=torch.device("cuda", local_rank) if gpus else None
+            "nccl" if gpus else "gloo",
+            store=part_of_store(found, rank, size),
+            rank=rank,
+            world_size=size,
+            device_id=torch.device("cuda", local_rank) if gpus else None,
         )
     try:
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-        yield Ranks(rank, size, local_rank, local_size, restarts, control)
+        ranks = Ranks(rank, size, local_rank, local_size, 0, control)
+        # torchrun counts on each machine; one that came later has counted fewer.
+        (restarts,) = ranks.highest([int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)])
+        yield replace(ranks, restarts=int(restarts))
     finally:
         if begun_here:
             dist.destroy_process_group()
+
+
+def part_of_store(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store for these processes alone, after all of them have come.
+
+    torchrun restarts ranks, but not its store, which still has the addresses of the dead. Its count of restarts would
+    not do as a name, because it differs between machines.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"modan-fast/come/{rank}", own)
+    last = time.monotonic() + ARRIVAL.total_seconds()
+    while time.monotonic() < last:
+        if rank == 0:
+            come = [store.get(f"modan-fast/come/{each}").decode() for each in range(size)]
+            store.set("modan-fast/all", " ".join(come))
+        first, *others = store.get("modan-fast/all").decode().split()
+        # A list without this process is by an earlier rank 0, or from before this one had come.
+        if own in (first, *others):
+            store.set(f"modan-fast/{first}/{rank}", "here")
+            if rank or store.check([f"modan-fast/{first}/{each}" for each in range(size)]):
+                return dist.PrefixStore(f"modan-fast/{first}", store)
+        time.sleep(0.02)
+    raise InputError(f"rank {rank} waited {ARRIVAL.seconds // 60} minutes for the others: see what they printed")
 
 
 def gathered(own: Tensor, counts: Sequence[int]) -> Tensor:

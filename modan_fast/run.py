@@ -52,11 +52,7 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
         raise InputError(
             f"{shards.shown_location} is not the shard set that {run} was started with: name that one with `shards`"
         )
-    # The fingerprint says whether the set is the same, wherever it lies.
-    same = (
-        replace(_settings(run, written), shards=config.shards) == config
-        and written["shards"]["fingerprint"] == shards.fingerprint
-    )
+    same = _same(written, config, shards)
     done = finished_epochs(run)
     if done >= config.epochs and (resume or same):
         return True
@@ -67,6 +63,17 @@ def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, ove
         f"{run} holds a run of {'the same' if same else 'other'} settings ({done} of "
         f"{written['settings']['epochs']} epochs saved): {ways}`overwrite=True` replaces it"
     )
+
+
+def holds(config: PretrainConfig, shards: ShardSet) -> bool:
+    """Whether the run folder holds this very run, finished or not."""
+    return (config.run / CONFIG).exists() and _same(_written(config.run), config, shards)
+
+
+def _same(written: Mapping[str, Any], config: PretrainConfig, shards: ShardSet) -> bool:
+    """Whether a run that was recorded has these settings. The fingerprint says which set it has, wherever that lies."""
+    recorded = replace(_settings(config.run, written), shards=config.shards)
+    return recorded == config and bool(written["shards"]["fingerprint"] == shards.fingerprint)
 
 
 def settings_for(given: Mapping[str, Any], *, resume: bool) -> PretrainConfig:

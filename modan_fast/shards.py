@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import numpy as np
+from numpy.typing import NDArray
+
 from modan_fast.config import is_url
 from modan_fast.remote import fetch, shown_file, shown_location
-from shard_builder.files import read_regular
+from shard_builder.files import open_regular, read_regular
+from shard_builder.index import first_places, read_index
 from shard_builder.manifest import MAX_BYTES, NAME, Manifest
 from shard_builder.settings import InputError
 
@@ -68,6 +74,39 @@ class ShardSet:
                 "again"
             )
         return content
+
+    def open(self, number: int) -> BufferedReader:
+        """A shard of a folder, numbered in storage order, to be read from any offset.
+
+        Raises `InputError` if it cannot be opened or does not have the size that the manifest lists.
+        """
+        shard = self.manifest.shards[number]
+        tar = Path(self.location) / shard.name
+        try:
+            file = open_regular(tar)
+        except OSError as error:
+            raise InputError(f"{tar} cannot be read ({error.strerror}): {NAME} lists it") from None
+        if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+            file.close()
+            raise InputError(
+                f"{tar} has {size:,} bytes, not the {shard.bytes:,} of its manifest: it is damaged; copy it again or "
+                "shard the source again"
+            )
+        return file
+
+    def places(self, number: int) -> NDArray[np.int64]:
+        """Offset and size (samples, 2) of the images in a shard of a folder, from the index beside it.
+
+        Raises `InputError` if the index cannot be read or is malformed.
+        """
+        shard = self.manifest.shards[number]
+        index = (Path(self.location) / shard.name).with_suffix(".idx")
+        try:
+            return first_places(read_index(index), shard.samples)
+        except OSError as error:
+            raise InputError(f"{index} cannot be read ({error.strerror}): it belongs to {shard.name}") from None
+        except ValueError as error:
+            raise InputError(f"{index} does not fit its shard: {error}; shard the source again") from None
 
 
 def open_shards(location: str | Path) -> ShardSet:

@@ -6,22 +6,26 @@ N images, C channels, H x W pixels, F features, D embedding dimensions.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from modan_fast.batch_norm import synchronised
 from modan_fast.config import Method, PretrainConfig
 from modan_fast.devices import compute_type, out_of_memory, tuned_convolutions, wants_compile
 from modan_fast.encoders import Architecture, Encoder, described, published_architecture
 from modan_fast.loader import Batch
-from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
+from modan_fast.losses import ClassificationLoss, MulSupConLoss, NTXentLoss, SupConLoss
 from modan_fast.metrics import EpochClock
 from modan_fast.pretrained import imagenet_encoder, load_encoder
+from modan_fast.ranks import ONE, Ranks
 from shard_builder.settings import InputError
 
 # What each optimiser gathers for a parameter.
@@ -47,16 +51,26 @@ class TrainState:
 
     `update` advances it by a step, `end_epoch` to the next epoch; `state_dict` and `load_state_dict` save and restore
     it. New weights are sampled from torch's global generator, seeded with the run's seed.
+
+    With several ranks each has the same state, and trains on its own images of each batch. Losses and gradients are
+    those of the whole batch; `connect` must be called, on all ranks, before the first step.
     """
 
     def __init__(
-        self, config: PretrainConfig, *, classes: int, steps: int, device: torch.device, resumed: bool = False
+        self,
+        config: PretrainConfig,
+        *,
+        classes: int,
+        steps: int,
+        device: torch.device,
+        resumed: bool = False,
+        ranks: Ranks = ONE,
     ) -> None:
         """`classes` is the number of logits of the supervised method, `steps` that of batches in an epoch.
 
         A state that is to be `resumed` gets its weights from `load_state_dict`, so those of ImageNet are not read.
         """
-        self.config, self.steps, self.device = config, steps, device
+        self.config, self.steps, self.device, self.ranks = config, steps, device, ranks
         self.dtype = compute_type(config.precision, device)
         self.compiled = wants_compile(config.compile, device)
         torch.manual_seed(config.seed)
@@ -64,6 +78,8 @@ class TrainState:
         if config.checkpoint_activations:
             self.encoder.checkpoint_activations()
         self.model = EncoderWithHead(self.encoder, new_head(config.method, classes, self.encoder.num_features))
+        if ranks.size > 1 and config.sync_batch_norm:
+            synchronised(self.model, device)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.train()
         self.optimizer = new_optimizer(config, self.model)
@@ -71,23 +87,35 @@ class TrainState:
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         # Static shapes: a smaller last batch gets a graph of its own and leaves the other one as it is.
         self._model: Any = torch.compile(self.model, dynamic=False) if self.compiled else self.model
-        loss = new_loss(config)
+        self._ddp: DistributedDataParallel | None = None
+        loss = new_loss(config, gather_distributed=ranks.size > 1)
         self._loss: Any = torch.compile(loss, dynamic=False) if self.compiled else loss
         self.epoch = self.step = 0
         self._loss_sum = torch.zeros((), device=device)
         self.clock = EpochClock(device)
 
+    def connect(self) -> None:
+        """Let the ranks average their gradients from now on; all start from the weights of rank 0."""
+        if self.ranks.size == 1:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # `broadcast_buffers` has a new name in new versions
+            # Statistics of batch-norm are either the same on all ranks or each rank's own.
+            self._ddp = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The wrapped network is compiled, so that gradients travel while others are computed.
+        self._model = torch.compile(self._ddp, dynamic=False) if self.compiled else self._ddp
+
     def embed(self, views: Tensor) -> Tensor:
-        """The float32 embeddings (V, D) of views, or their logits."""
+        """The float32 embeddings (V, D) of views, or their logits; float64 ones of a float64 network."""
         mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with tuned_convolutions(), mixed:
+        with tuned_convolutions(self.config.deterministic), mixed:
             embeddings: Tensor = self._model(views)
-        return embeddings.float()
+        return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
     def loss_of(self, embeddings: Tensor, batch: Batch) -> Tensor:
-        """The loss of a whole batch: a float32 scalar that stays on the device."""
+        """The loss of a whole batch, on all ranks: a float32 scalar that stays on the device."""
         labels = batch.targets if self.config.method == "supervised" else batch.labels
-        loss: Tensor = self._loss(embeddings, labels)
+        loss: Tensor = self._loss(embeddings, labels, batch.counts or None)
         return loss
 
     def forward(self, batch: Batch) -> Tensor:
@@ -97,7 +125,7 @@ class TrainState:
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients."""
-        with tuned_convolutions():
+        with tuned_convolutions(self.config.deterministic):
             self._scaler.scale(loss).backward()
 
     def forward_backward(self, batch: Batch, micro_batch: int | None = None) -> Tensor:
@@ -108,11 +136,12 @@ class TrainState:
         and gradients are those of the whole batch, except that batch-norm sees a micro-batch.
         """
         micro_batch = micro_batch or self.config.micro_batch
-        if micro_batch is None or micro_batch >= len(batch.ids):
+        images = sum(batch.counts) or len(batch.ids)
+        if micro_batch is None or micro_batch >= images:
             loss = self.forward(batch)
             self.backward(loss)
             return loss.detach()
-        rows = micro_batches(len(batch.ids), micro_batch, self.config.views)
+        rows = micro_batches(images, micro_batch, self.config.views, self.ranks)
         views = [batch.views[each].contiguous(memory_format=torch.channels_last) for each in rows]
         embeddings = torch.empty(0)
         with torch.no_grad(), self._statistics_kept():
@@ -127,10 +156,15 @@ class TrainState:
         assert embeddings.grad is not None
         for number, each in enumerate(rows):
             self._seed(number)
-            embedded = self.embed(views[number])
-            with tuned_convolutions():
-                embedded.backward(embeddings.grad[each])
+            with self._gradients_kept() if number < len(rows) - 1 else nullcontext():
+                embedded = self.embed(views[number])
+                with tuned_convolutions(self.config.deterministic):
+                    embedded.backward(embeddings.grad[each])
         return loss.detach()
+
+    def _gradients_kept(self) -> AbstractContextManager[None]:
+        """Each rank keeps its gradients: they are averaged once, with those of the last micro-batch."""
+        return self._ddp.no_sync() if self._ddp else nullcontext()
 
     def largest_micro_batch(self) -> int | None:
         """The largest halving of the batch with which a step fits into memory, found by trying; None if none does.
@@ -159,7 +193,9 @@ class TrainState:
 
         Some networks sample without being asked to: a tenth of timm's have dropout or stochastic depth by default.
         """
-        entropy = (self.config.seed, self.epoch, self.step, micro_batch)
+        entropy = [self.config.seed, self.epoch, self.step, micro_batch]
+        if self.ranks.rank:
+            entropy.append(self.ranks.rank)
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
     @contextmanager
@@ -203,7 +239,10 @@ class TrainState:
         return self._loss_sum.item() / self.step
 
     def metrics(self, samples: int) -> dict[str, float]:
-        """The numbers of the current epoch so far, of a set of `samples` images; this synchronises."""
+        """The numbers of the current epoch so far, of a set of `samples` images; this synchronises.
+
+        They are those of all ranks together; `wait_share` is that of the rank that waited longest.
+        """
         seconds = self.clock.seconds
         images = min(self.step * self.config.batch_size, samples)
         return {
@@ -211,7 +250,7 @@ class TrainState:
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "views_per_second": round(images * self.config.views / seconds, 1),
-            "wait_share": round(self.clock.wait_share, 4),
+            "wait_share": round(self.ranks.highest([self.clock.wait_share])[0], 4),
         }
 
     def end_epoch(self) -> None:
@@ -278,10 +317,14 @@ def batches(rows: Tensor, size: int) -> list[Tensor]:
     return found
 
 
-def micro_batches(images: int, size: int, views: int) -> list[Tensor]:
-    """The rows of all views of `size` images at a time, as `batches` divides the images."""
-    parts = batches(torch.arange(images), size)
-    return [torch.cat([part + view * images for view in range(views)]) for part in parts]
+def micro_batches(images: int, size: int, views: int, ranks: Ranks = ONE) -> list[Tensor]:
+    """The rows of all views of `size` images at a time, as `batches` divides the images of all ranks.
+
+    They are rows of this rank's views: it has every image whose number leaves its rank when divided by their number.
+    """
+    own = ranks.share(images)
+    parts = [part[part % ranks.size == ranks.rank] // ranks.size for part in batches(torch.arange(images), size)]
+    return [torch.cat([part + view * own for view in range(views)]) for part in parts]
 
 
 def architecture_of(config: PretrainConfig) -> Architecture:
@@ -327,13 +370,17 @@ def new_head(method: Method, classes: int, num_features: int) -> nn.Module:
     return nn.Linear(num_features, 1000)
 
 
-def new_loss(config: PretrainConfig) -> nn.Module:
-    """The loss of a method, called with embeddings and labels, or with logits and targets for `supervised`."""
+def new_loss(config: PretrainConfig, *, gather_distributed: bool = False) -> nn.Module:
+    """The loss of a method, called with embeddings and labels, or with logits and targets for `supervised`.
+
+    `gather_distributed` makes it the loss of the images of all ranks.
+    """
+    ranks = {"gather_distributed": gather_distributed}
     losses: dict[str, Callable[[], nn.Module]] = {
-        "mulsupcon": lambda: MulSupConLoss(config.temperature, config.threshold, config.instance_weight),
-        "supcon": lambda: SupConLoss(config.temperature, config.instance_weight),
-        "simclr": lambda: NTXentLoss(config.temperature),
-        "supervised": nn.CrossEntropyLoss,
+        "mulsupcon": lambda: MulSupConLoss(config.temperature, config.threshold, config.instance_weight, **ranks),
+        "supcon": lambda: SupConLoss(config.temperature, config.instance_weight, **ranks),
+        "simclr": lambda: NTXentLoss(config.temperature, **ranks),
+        "supervised": lambda: ClassificationLoss(**ranks),
     }
     return losses[config.method]()
 

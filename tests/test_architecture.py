@@ -12,6 +12,7 @@ FLOW = [
     "config",
     "recipes",
     "remote",
+    "ranks",
     "shards",
     "decode",
     "devices",
@@ -21,12 +22,13 @@ FLOW = [
     "store",
     "augment",
     "render",
+    "monitor",
 ]
-FLOW += ["loader", "losses", "weights", "encoders", "pretrained", "folder"]
+FLOW += ["loader", "tiles", "losses", "batch_norm", "weights", "encoders", "pretrained", "folder"]
 FLOW += ["run", "metrics", "step", "trainer", "profile", "downstream"]
 FLOW += ["report", "export", "embeddings", "api", "phantom", "demo"]
 SCREEN = {"cli", "__main__"}
-BUILDER = {f"shard_builder.{name}" for name in ("atomic", "files", "manifest", "settings")}
+BUILDER = {f"shard_builder.{name}" for name in ("atomic", "files", "index", "manifest", "settings")}
 MODULES = sorted((ROOT / "modan_fast").rglob("*.py"))
 
 
@@ -65,6 +67,8 @@ def test_only_the_command_line_knows_typer_and_the_builder(path):
     if stage(path) == "embeddings":  # it reads any source, as the builder does
         return
     modules = {".".join(name.split(".")[:2]) for name in names if name.startswith("shard_builder.")}
+    if path.name == "pixels.py":  # DICOM files, as the builder reads them
+        modules -= {"shard_builder.dicom", "shard_builder.dicom_pixels"}
     assert modules <= BUILDER
 
 

@@ -7,7 +7,7 @@ import torch
 from modan_fast.augment import view_parameters
 from modan_fast.config import Augmentation
 from modan_fast.decode import dali_installed
-from modan_fast.loader import Loader
+from modan_fast.loader import Loader, open_loader
 from modan_fast.render import Rendering, open_renderer, render_view
 from modan_fast.shards import open_shards
 from modan_fast.store import open_store
@@ -117,12 +117,45 @@ def test_ranks_share_a_batch_and_leave_nothing_out(shards, tier):
         assert max(map(len, together)) - min(map(len, together)) <= 1
 
 
-def test_a_rest_that_does_not_give_each_rank_an_image_is_left_out(shards):
+@pytest.mark.parametrize("tier", ["host", "stream"])
+def test_a_rest_with_fewer_images_than_ranks_leaves_some_with_an_empty_batch(shards, tier):
     # 48 images in batches of 46.
-    for size, steps in ((2, 2), (3, 1)):
-        ranks = [loader(shards, batch_size=46, rank=rank, world_size=size) for rank in range(size)]
-        assert {len(each) for each in ranks} == {steps}
-        assert all(len(batch.ids) > 0 for each in ranks for batch in each.epoch(0))
+    seen = []
+    for rank in range(3):
+        batches = list(
+            open_loader(
+                shards,
+                batch_size=46,
+                image_size=32,
+                drop_last=False,
+                device="cpu",
+                store=tier,
+                threads=1,
+                rank=rank,
+                world_size=3,
+            )
+        )
+        assert [batch.counts for batch in batches] == [(16, 15, 15), (1, 1, 0)]
+        assert [len(batch.ids) for batch in batches] == [batch.counts[rank] for batch in batches]
+        for batch in batches:
+            count = len(batch.ids)
+            assert batch.views.shape == (2 * count, 1, 32, 32)
+            assert batch.views.dtype == torch.float32
+            assert batch.labels.shape == (count, batches[0].labels.shape[1])
+            assert batch.targets.shape == (count,)
+            assert (batch.labels.dtype, batch.targets.dtype, batch.ids.dtype) == (
+                torch.uint8,
+                torch.int64,
+                torch.int64,
+            )
+        seen += [sample for batch in batches for sample in batch.ids.tolist()]
+    assert sorted(seen) == list(range(48)), "each sample once"
+
+
+def test_a_batch_says_how_many_images_each_rank_has(shards):
+    whole = open_loader(shards, batch_size=20, drop_last=False, device="cpu", threads=1)
+    assert [batch.counts for batch in whole.epoch(0)] == [(20,), (20,), (8,)]
+    assert [batch.counts for batch in whole.epoch(0, start=2)] == [(8,)]
 
 
 def test_the_last_partial_batch_is_the_recipes_choice(shards):

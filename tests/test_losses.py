@@ -1,5 +1,6 @@
 """The losses against loops written from their formulas."""
 
+import copy
 import doctest
 import math
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
-from modan_fast import losses
-from modan_fast.losses import MulSupConLoss, NTXentLoss, SupConLoss
+from modan_fast import losses, tiles
+from modan_fast.losses import ClassificationLoss, MulSupConLoss, NTXentLoss, SupConLoss
 
 
 def similarity(a: list[int], b: list[int]) -> float:
@@ -62,9 +64,25 @@ def batch(images=9, bits=5, dimensions=6, seed=0):
     return embeddings, labels
 
 
+def in_tiles(loss, tile):
+    """The same loss in tiles of so many images; None: the loss as it is."""
+    changed = copy.copy(loss)
+    changed.tile = tile
+    return changed
+
+
+def value_and_gradient(loss, embeddings, labels):
+    embeddings = embeddings.clone().requires_grad_()
+    value = loss(embeddings, labels)
+    value.backward()
+    return value.detach(), embeddings.grad
+
+
+@pytest.mark.parametrize("tile", [None, 1, 4, 9, 100])
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_and_gradient_equal_the_formula_written_as_loops(name):
+def test_value_and_gradient_equal_the_formula_written_as_loops(name, tile):
     loss, temperature, weight_of = LOSSES[name]
+    loss = in_tiles(loss, tile)
     embeddings, labels = batch()
     ours, theirs = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
     value, expected = loss(ours, labels), formula(theirs, labels, temperature, weight_of)
@@ -74,13 +92,14 @@ def test_value_and_gradient_equal_the_formula_written_as_loops(name):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("tile", [None, 4])
 @pytest.mark.parametrize(
     ("loss", "weight_of"), [(MulSupConLoss, above(0.3)), (SupConLoss, lambda a, b: a == b or None)]
 )
-def test_the_instance_weight_adds_the_loops_of_ntxent(loss, weight_of):
+def test_the_instance_weight_adds_the_loops_of_ntxent(loss, weight_of, tile):
     embeddings, labels = batch()
     ours, theirs = embeddings.clone().requires_grad_(), embeddings.clone().requires_grad_()
-    value = loss(0.1, instance_weight=0.7)(ours, labels)
+    value = loss(0.1, instance_weight=0.7, tile=tile)(ours, labels)
     expected = formula(theirs, labels, 0.1, weight_of) + 0.7 * formula(theirs, labels, 0.1, lambda a, b: None)
     value.backward()
     expected.backward()
@@ -125,7 +144,7 @@ def test_the_loss_depends_neither_on_the_scale_nor_on_the_order_of_images(seed, 
     torch.testing.assert_close(loss(embeddings, labels), loss(shuffled, labels[order]), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("loss", [MulSupConLoss(), SupConLoss(), NTXentLoss()])
+@pytest.mark.parametrize("loss", [MulSupConLoss(), SupConLoss(), NTXentLoss(), MulSupConLoss(tile=4)])
 def test_half_precision_input_is_computed_in_float32_inside_autocast(loss):
     embeddings, labels = batch()
     half = embeddings.to(torch.bfloat16)
@@ -141,18 +160,100 @@ def test_shapes_that_do_not_fit_are_refused(embeddings, labels):
         MulSupConLoss()(torch.zeros(embeddings), torch.zeros(labels))
 
 
-def test_large_embeddings_of_equal_direction_stay_finite():
+@pytest.mark.parametrize("tile", [None, 3])
+def test_large_embeddings_of_equal_direction_stay_finite(tile):
     embeddings = torch.full((8, 4), 1e4, requires_grad=True)
-    value = MulSupConLoss(temperature=0.01)(embeddings, torch.ones(4, 2))
+    value = MulSupConLoss(temperature=0.01, tile=tile)(embeddings, torch.ones(4, 2))
     value.backward()
     assert value.isfinite()
     assert embeddings.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong(name):
+@pytest.mark.parametrize("tile", [None, 3])
+def test_a_view_opposite_to_all_others_keeps_its_loss_at_a_low_temperature(tile):
+    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) / 100 + 1
+    embeddings[2] = -embeddings[2]  # its softmax has exp(-100) everywhere, which is 0 in float32
+    loss, labels = MulSupConLoss(0.01, 0, tile=tile), torch.eye(4)[[0, 1, 2, 2]]
+    value, gradient = value_and_gradient(loss, embeddings, labels)
+    exact = embeddings.double().requires_grad_()
+    expected = formula(exact, labels, 0.01, above(0))
+    expected.backward()
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_more_pairs_than_fit_are_computed_in_tiles_of_their_own_accord(monkeypatch):
     embeddings, labels = batch()
-    value = LOSSES[name][0](embeddings.requires_grad_(), labels)
+    expected, sizes = value_and_gradient(MulSupConLoss(), embeddings, labels), []
+    monkeypatch.setattr(losses, "DENSE_PAIRS", 18**2 - 1)
+    monkeypatch.setattr(tiles, "PAIRS_ON_CPU", 18 * 8)
+    totals = tiles._totals
+    monkeypatch.setattr(
+        tiles, "_totals", lambda tile, every: sizes.append(len(tile.labels)) or totals(tile, every)
+    )
+    torch.testing.assert_close(
+        value_and_gradient(MulSupConLoss(), embeddings, labels), expected, rtol=1e-12, atol=1e-12
+    )
+    assert sizes == [4, 4, 1]
+    monkeypatch.setattr(losses, "DENSE_PAIRS", 18**2)
+    MulSupConLoss()(embeddings, labels)
+    assert len(sizes) == 3, "these are held at once"
+
+
+@pytest.mark.parametrize("tile", [None, 1, 4])
+def test_a_compiled_loss_is_the_same_and_its_graphs_do_not_grow_with_the_tiles(tile):
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    embeddings, labels = batch()
+    loss = MulSupConLoss(instance_weight=0.5, tile=tile)
+    expected = value_and_gradient(loss, embeddings, labels)
+    assert not counters["stats"]
+    for _ in range(2):
+        found = value_and_gradient(torch.compile(loss, dynamic=False), embeddings, labels)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    graphs = (
+        1 if tile is None else 4
+    )  # before and after the tiles, totals, gradient; a smaller last tile has its own
+    assert counters["stats"]["unique_graphs"] == graphs + 2 * (tile == 4)
+
+
+def test_tiles_without_gradient_give_the_value():
+    embeddings, labels = batch()
+    with torch.no_grad():
+        value = MulSupConLoss(tile=4)(embeddings.requires_grad_(), labels)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, MulSupConLoss()(embeddings, labels).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_comes_after_the_loss_scales_the_gradient_of_tiles():
+    embeddings, labels = batch()
+    _, expected = value_and_gradient(MulSupConLoss(), embeddings, labels)
+    scaled = value_and_gradient(lambda *both: -3 * MulSupConLoss(tile=4)(*both), embeddings, labels)
+    torch.testing.assert_close(scaled[1], -3 * expected, rtol=1e-10, atol=1e-12)
+
+
+def test_without_other_ranks_there_is_nothing_to_gather():
+    embeddings, labels = batch()
+    for loss in (MulSupConLoss, SupConLoss, NTXentLoss):
+        assert torch.equal(loss(gather_distributed=True)(embeddings, labels), loss()(embeddings, labels))
+    logits, targets = embeddings[:9], torch.arange(9) % 6
+    for gather in (False, True):
+        value = ClassificationLoss(gather_distributed=gather)(logits, targets)
+        assert torch.equal(value, functional.cross_entropy(logits, targets))
+
+
+@pytest.mark.parametrize("loss", [MulSupConLoss, SupConLoss, NTXentLoss])
+def test_a_tile_of_no_image_is_refused(loss):
+    with pytest.raises(ValueError, match="`tile` must be at least 1 image, got 0"):
+        loss(tile=0)
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong(name, tile):
+    embeddings, labels = batch()
+    value = in_tiles(LOSSES[name][0], tile)(embeddings.requires_grad_(), labels)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(value, embeddings, create_graph=True)
 

@@ -3,13 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from modan_fast.augment import ViewParameters, view_parameters
 from modan_fast.config import Augmentation
 from modan_fast.decode import dali_installed
-from modan_fast.render import Rendering, contrasted, dali_arguments, dali_pipeline, open_renderer, render_view
+from modan_fast.render import (
+    Rendering,
+    contrasted,
+    dali_arguments,
+    dali_pipeline,
+    open_renderer,
+    render_view,
+    rendered_in_rounds,
+)
 
 needs_dali = pytest.mark.skipif(not dali_installed(), reason="NVIDIA DALI is not installed (Linux only)")
 CPU = torch.device("cpu")
@@ -187,6 +197,74 @@ def test_contrast_by_arithmetic_as_on_gpus_equals_the_operator_for_it():
     # They round the product at other places.
     assert (ours - theirs).abs().max() <= 1
     assert (ours != theirs).float().mean() < 1e-3
+
+
+@st.composite
+def any_views(draw):
+    """Noise, and views of it with any box, down to a pixel: (pixels, parameters, size)."""
+    canvas, size = draw(st.integers(2, 80)), draw(st.integers(32, 64))
+    images, views = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    count = images * views
+    sides = draw(st.lists(st.tuples(*[st.integers(1, canvas)] * 2), min_size=count, max_size=count))
+    corners = [[draw(st.integers(0, canvas - side)) for side in pair] for pair in sides]
+    floats = {"min_size": count, "max_size": count}
+    factors = st.lists(st.floats(0, 4, width=32), **floats)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    pixels = torch.randint(0, 256, (images, canvas, canvas), generator=generator, dtype=torch.uint8)
+    view = ViewParameters(
+        box=np.column_stack([corners, sides]).astype(np.int32),
+        flip=np.array(draw(st.lists(st.booleans(), **floats))),
+        brightness=np.array(draw(factors), np.float32),
+        contrast=np.array(draw(factors), np.float32),
+        # Smaller ones change nothing: the neighbours weigh less than a rounding.
+        sigma=np.array(
+            draw(st.lists(st.one_of(st.just(0), st.floats(0.125, 8, width=32)), **floats)), np.float32
+        ),
+    )
+    return pixels, view, size
+
+
+def rendering_of(pixels, view, size, **changes):
+    given = {"device": CPU, "dtype": torch.float32, "threads": 1, "blur": bool(view.sigma.any())}
+    return Rendering(pixels.shape[-1], size, len(view.flip), **(given | changes))
+
+
+@given(any_views())
+def test_views_rendered_together_equal_the_reference_for_any_box(case):
+    pixels, view, size = case
+    ours = rendered_in_rounds(pixels, view, rendering_of(pixels, view, size))
+    # A contrast of 4 makes four of one rounding.
+    torch.testing.assert_close(ours, render_view(pixels, view, size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("canvas", "size"), [(96, 96), (64, 96), (224, 64), (224, 224)])
+def test_views_rendered_together_equal_the_reference_at_full_size(canvas, size):
+    pixels, view = images(12, canvas), both_views(12, canvas, Augmentation(blur=0.5, scale=(0.0001, 1.0)))
+    ours = rendered_in_rounds(pixels, view, rendering_of(pixels, view, size))
+    torch.testing.assert_close(ours, render_view(pixels, view, size), rtol=0, atol=1e-5)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_views_rendered_together_do_not_depend_on_how_many_fit_into_memory(monkeypatch):
+    pixels, view = images(12, 64), both_views(12, 64)
+    whole = rendered_in_rounds(pixels, view, rendering_of(pixels, view, 32))
+    monkeypatch.setattr("modan_fast.render.ROUND", 5 * 64**2)  # 24 views in rounds of 5
+    torch.testing.assert_close(
+        rendered_in_rounds(pixels, view, rendering_of(pixels, view, 32)), whole, rtol=0, atol=1e-6
+    )
+    monkeypatch.setattr("modan_fast.render.ROUND", 1)  # at least one
+    half = rendered_in_rounds(pixels, view, rendering_of(pixels, view, 32, dtype=torch.float16))
+    torch.testing.assert_close(half.float(), whole, rtol=0, atol=1e-3)
+
+
+def test_a_batch_is_rendered_together_in_a_bounded_number_of_operations():
+    """A launch takes some microseconds whatever it does; one by one a batch took over 2,000."""
+    pixels, view = images(256, 48), both_views(256, 48)
+    with torch.profiler.profile() as profiled:
+        rendered_in_rounds(pixels, view, rendering_of(pixels, view, 32))
+    called = {each.key: each.count for each in profiled.key_averages() if each.key.startswith("aten::")}
+    assert called["aten::bmm"] == 2
+    assert sum(called.values()) < 400  # counted with all views of tensors, which start nothing
 
 
 @pytest.mark.gpu

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import torch
 from PIL import Image
 
 from modan_fast.decode import dali_installed
+from modan_fast.ranks import Ranks
 from modan_fast.shards import open_shards
 from modan_fast.store import InMemoryStore, open_store, read_all
 from modan_fast.stream import Stream
@@ -133,10 +138,9 @@ def test_a_store_in_memory_says_how_much_it_takes(shards, caplog):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tier", ["gpu", "host"])
-def test_pixels_on_the_gpu_and_in_pinned_memory_are_those_of_the_tars(shards, tier):
+def test_pixels_on_the_gpu_and_in_host_memory_are_those_of_the_tars(shards, tier):
     store = read_all(open_shards(shards), tier=tier, device=torch.device("cuda", 0), threads=2)
     assert store.pixels.is_cuda == (tier == "gpu")
-    assert store.pixels.is_pinned() == (tier == "host")
     pixels, labels, targets = read_by_hand(shards)
     chosen = np.array([40, 3, 17])
     (samples,) = store.fetch([chosen])
@@ -152,5 +156,133 @@ def test_a_gpu_without_room_leaves_the_pixels_in_host_memory(shards, monkeypatch
     monkeypatch.setattr("modan_fast.store.GPU_SHARE", 0.0)
     store = open_store(open_shards(shards), device=torch.device("cuda", 0), batch_size=8, threads=1)
     assert isinstance(store, InMemoryStore)
-    assert store.pixels.is_pinned()
+    assert not store.pixels.is_cuda
     assert "not on the GPU" in caplog.text
+
+
+RANK = """
+import logging, os, sys
+import numpy as np
+import torch
+from modan_fast import store
+from modan_fast.ranks import joined
+from modan_fast.shards import ShardSet, open_shards
+
+logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
+folder, damaged = sys.argv[1:]
+read, reading = [], ShardSet.read
+ShardSet.read = lambda *asked: read.append(asked[1]) or reading(*asked)
+
+
+def fill(what, ranks, folder=folder, tier="auto"):
+    read.clear()
+    print("==", what)
+    try:
+        made = store.open_store(
+            open_shards(folder), tier=tier, device=torch.device("cpu"), batch_size=8, threads=1, ranks=ranks
+        )
+    except Exception as error:
+        print(type(error).__name__, error)
+        return
+    print(made.tier, "read", sorted(read))
+    arrays = (each.numpy() for each in (made.pixels, made.labels, made.targets))
+    np.savez(f"{what}-{ranks.rank}", **dict(zip(("pixels", "labels", "targets"), arrays)))
+    ranks.all(None)
+    made.labels[ranks.rank].fill_(7 + ranks.rank)
+    ranks.all(None)
+    print("sees", int(made.labels[0, 0]), int(made.labels[1, 0]))
+
+
+with joined("cpu") as ranks:
+    fill("shared", ranks)
+    fill("damaged", ranks, damaged)
+    budget = store.pixel_budget
+    if ranks.rank == 1:
+        store.pixel_budget = lambda tier, device: (10, 10)
+    fill("no room", ranks, tier="host")
+    store.pixel_budget = budget
+    if hasattr(os, "memfd_create"):
+        del os.memfd_create
+    fill("no sharing", ranks)
+"""
+
+
+@pytest.fixture(scope="module")
+def of_ranks(shards, tmp_path_factory):
+    """What each of two ranks says when they fill stores together, by the kind of store; and where they save them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    damaged = shutil.copytree(shards, folder / "damaged")
+    content = bytearray((damaged / "shard-000002.tar").read_bytes())
+    content[5000] ^= 1
+    (damaged / "shard-000002.tar").write_bytes(content)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(shards), str(damaged)],
+            env={**os.environ, **both, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=200) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    parts = [dict(part.split("\n", 1) for part in out.split("== ")[1:]) for out, _ in said]
+    return folder, {what: [part[what] for part in parts] for what in parts[0]}
+
+
+def check_saved(folder, what, shards):
+    for rank in range(2):
+        with np.load(folder / f"{what}-{rank}.npz") as saved:
+            for name, expected in zip(("pixels", "labels", "targets"), read_by_hand(shards), strict=True):
+                assert (saved[name] == expected).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+def test_the_ranks_of_a_machine_fill_one_store_between_them(of_ranks, shards):
+    folder, said = of_ranks
+    assert "host read [0]\n" in said["shared"][0]
+    assert "host read [1, 2]\n" in said["shared"][1], "each decodes a share"
+    assert all("sees 7 8" in each for each in said["shared"]), "the memory is one"
+    check_saved(folder, "shared", shards)
+
+
+def test_ranks_that_cannot_share_memory_keep_a_copy_each_and_say_so(of_ranks, shards):
+    folder, said = of_ranks
+    for each in said["no sharing"]:
+        assert "cannot share memory here, so each keeps all pixels" in each
+        assert "host read [0, 1, 2]" in each
+    assert "sees 7 0" in said["no sharing"][0] or "sees 7 1" in said["no sharing"][0]
+    check_saved(folder, "no sharing", shards)
+
+
+def test_a_rank_without_room_is_told_to_all(of_ranks):
+    _, said = of_ranks
+    for each in said["no room"]:
+        assert "InputError `store=host`: 0.00 GiB of pixels are over" in each
+
+
+def test_a_shard_that_one_rank_finds_damaged_ends_all_with_its_name(of_ranks):
+    _, said = of_ranks
+    first, second = said["damaged"]
+    assert "InputError rank 1 of 2: " in first
+    assert "shard-000002.tar has another SHA-256" in first
+    assert "shard-000002.tar has another SHA-256" in second
+
+
+def test_memory_that_ranks_share_is_counted_once_and_copies_are_counted(shards, monkeypatch):
+    asked, manifest = [], open_shards(shards).manifest
+    monkeypatch.setattr("modan_fast.store.check_room", lambda tier, size, device: asked.append(size))
+    # Two ranks of one machine, of which only this one is here.
+    two = Ranks(0, 2, 0, 2)
+    monkeypatch.setattr(Ranks, "all", lambda self, value: [value] * self.size)
+    store = read_all(open_shards(shards), renderer="torch", device=CPU, threads=1, ranks=two)
+    assert len(store.pixels) == manifest.samples
+    monkeypatch.setattr("modan_fast.store.share_memory", lambda size, ranks: None)
+    read_all(open_shards(shards), renderer="torch", device=CPU, threads=1, ranks=two)
+    assert asked == [manifest.samples * (48**2 + manifest.bits + 8) * copies for copies in (1, 2)]

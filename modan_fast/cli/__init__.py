@@ -23,6 +23,7 @@ from modan_fast.cli.screen import (
     escape_unencodable,
     print_aucs,
     print_table,
+    rank,
     say,
     show_messages,
     show_progress,
@@ -55,18 +56,35 @@ def main() -> None:
         if code == STOPPED:  # typer's answer to an interruption
             raise Stopped("stopped")
     except (Stopped, KeyboardInterrupt) as error:
-        complain(str(error) or "stopped")
+        if not rank():
+            complain(str(error) or "stopped")
         code = STOPPED
     except Exception as error:  # whatever a library raises: a traceback would show the names in files as they are
         if debug:
             raise
         message, code = explained(error)
-        complain(message)
+        if not said_elsewhere(error):
+            complain(message)
     sys.exit(code)
+
+
+def said_elsewhere(error: Exception) -> bool:
+    """Whether another rank says what ended this one."""
+    if not rank():
+        return False
+    from modan_fast.ranks import EndedElsewhere, LostRankError
+
+    # If rank 0 is the one that was lost, rank 1 says so.
+    return isinstance(error, EndedElsewhere) or (isinstance(error, LostRankError) and rank() > 1)
 
 
 def explained(error: BaseException) -> tuple[str, int]:
     """What an error means to the user, and the exit code."""
+    if rank():
+        from modan_fast.ranks import EndedElsewhere
+
+        if isinstance(error, EndedElsewhere):
+            return str(error), error.code
     if isinstance(error, typer.Abort) and error.__cause__:  # how typer hands on an EOFError
         error = error.__cause__
     if isinstance(error, typer.TyperException):

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from shard_builder.settings import Progress, printable
+from shard_builder.settings import Progress, no_progress, printable
 
 screen = Console(stderr=True)
 COLUMNS = (
@@ -78,6 +79,11 @@ def signals_like_ctrl_c() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun has started; 0 for one alone. Only rank 0 speaks."""
+    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
+
+
 def escape_unencodable() -> None:
     """Let stdout and stderr write escapes for characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
@@ -91,6 +97,8 @@ def say(*lines: str) -> None:
 
 
 def _print_result(text: str) -> None:
+    if rank():
+        return
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -100,7 +108,8 @@ def _print_result(text: str) -> None:
 
 def complain(message: str) -> None:
     """Print why a command ended, in one line on stderr."""
-    _print_aside(f"modan-fast: {' '.join(message.split())}")
+    where = f"rank {rank()}: " if rank() else ""
+    _print_aside(f"modan-fast: {where}{' '.join(message.split())}")
 
 
 def _print_aside(text: str) -> None:
@@ -111,8 +120,8 @@ def _print_aside(text: str) -> None:
 @contextmanager
 def show_progress() -> Iterator[Progress]:
     """A `Progress` that shows a bar for each stage on a terminal, and else prints a line now and then."""
-    if not screen.is_terminal:
-        yield _lines()
+    if rank() or not screen.is_terminal:
+        yield no_progress if rank() else _lines()
         return
     tasks: dict[str, Any] = {}
     bars = Bars(*COLUMNS, console=screen)
@@ -190,7 +199,10 @@ def show_messages(rewrite: Callable[[str], str]) -> None:
     chosen.setFormatter(_Formatter(rewrite))
     logging.basicConfig(level=logging.WARNING, handlers=[chosen])
     logging.captureWarnings(True)
-    logging.getLogger("modan_fast").setLevel(logging.INFO)
+    logging.getLogger("modan_fast").setLevel(logging.ERROR if rank() else logging.INFO)
+    if rank():
+        logging.captureWarnings(False)
+        warnings.simplefilter("ignore")
 
 
 def print_table(

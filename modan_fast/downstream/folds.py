@@ -1,260 +1,214 @@
-"""Where folds come from: published fold files are read; class folders are divided into five stratified folds."""
+"""Folds: made for tasks that have none, with patients together and classes alike; read back; and checked."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-import re
-import reprlib
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from modan_fast.downstream.classes import listed
+from modan_fast.downstream.csv_files import fold_files, read_table
+from modan_fast.downstream.listing import ImagesBySplit, Label, Listing, numbered
 from shard_builder.settings import InputError
 
-FOLDS = 5
-SPLITS = ("train", "val", "test")
-IMAGE_COLUMNS = ("filename", "img_dir")
-LABEL_COLUMNS = ("label", "acl_label")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-MASK = re.compile(r"_mask(_\d+)?$")  # BUSI has the outline of a lesion beside its image
-LONGEST_PATH = 4096  # characters; no system has longer ones
-SEARCH_SECONDS = 20
-LABELS = {"benign": 0, "normal": 0, "no": 0, "0": 0, "malignant": 1, "yes": 1, "1": 1}  # by class name
+log = logging.getLogger(__name__)
 
-ImagesBySplit = dict[tuple[str, int], list[str]]
-"""The paths of the images of each (split, fold)."""
+FOLDS = 5  # that are made; a part that is taken for validation is a fifth, too
 
 
-@dataclass
-class Listing:
-    """The images of a task as its files or folders list them, by path relative to the task.
+def label_text(label: Label) -> str:
+    """A label in a fold file: its number, or 0 or 1 for each of several."""
+    return " ".join(map(str, label)) if isinstance(label, tuple) else str(label)
 
-    `labels` are 0 or 1, `sources` the file and line that list an image first, `patients` are empty if unknown, and
-    `words` are the class names of each label.
+
+def completed(
+    listing: Listing, given: ImagesBySplit, recorded: Path | None, seed: int, leave_out: str | None
+) -> tuple[ImagesBySplit, bool]:
+    """The folds of a task, and whether some were made now.
+
+    `given` are those of its files, perhaps without validation images; if there are none, five are made. What an earlier
+    evaluation made is in the folder `recorded`. With `leave_out`, a fold tests the images of each value of that column.
+    Raises `InputError` where images or patients do not suffice, and where the recorded folds are others.
     """
-
-    labels: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-    patients: dict[str, str] = field(default_factory=dict)
-    words: dict[int, set[str]] = field(default_factory=lambda: {0: set(), 1: set()})
-
-
-def read_folds(folder: Path, frames: Path, group: str | None) -> tuple[Listing, ImagesBySplit]:
-    """Read the fold files in `frames`, which name images under `folder`.
-
-    `group` is a column of patients, or a regular expression that finds them in the paths. Raises `InputError` that
-    names the file and line.
-    """
-    listing = Listing()
-    images_by_split: ImagesBySplit = {}
-    for key, path in _fold_files(frames).items():
-        images_by_split[key] = []
-        for row in _rows(path, group):
-            _add(listing, folder, row, group)
-            images_by_split[key].append(row.image)
-        classes = {listing.labels[image] for image in images_by_split[key]}
-        if not classes or (key[0] != "val" and len(classes) < 2):
-            found = "no image" if not classes else "one class only"
-            raise InputError(f"{path} has {found}: both classes are needed to train and to test")
-    _find_patients(listing, group)
-    return listing, images_by_split
+    if leave_out is not None:
+        given = _by_value(listing, leave_out)
+    if given and all(("val", fold) in given for _, fold in given):
+        return given, False
+    if recorded is not None and recorded.is_dir():
+        return _recorded(listing, given, recorded), False
+    return (_carved(listing, given, seed) if given else _made(listing, seed)), True
 
 
-class _Row(NamedTuple):
-    """A row of a fold file; `where` is its file and line, `patient` the value of the column `group`, if it exists."""
-
-    where: str
-    image: str
-    word: str
-    patient: str | None
-
-
-def _add(listing: Listing, folder: Path, row: _Row, group: str | None) -> None:
-    """Add a row to the listing; raise `InputError` if it contradicts an earlier one or names no image."""
-    where, image, word, patient = row
-    label = LABELS[word]
-    if Path(image).anchor or ".." in Path(image).parts:
-        raise InputError(f"{where}: {image} lies outside the task folder: paths are relative to it")
-    # A link may lead anywhere, as in data sets that are trees of links; but what has no end, or waits for a writer, is
-    # no regular file.
-    if image not in listing.labels and not os.path.isfile(folder / image):
-        raise InputError(f"{where}: there is no image {image} in {folder}")
-    if listing.labels.setdefault(image, label) != label:
-        raise InputError(f"{where}: {image} has another label than at {listing.sources[image]}")
-    listing.sources.setdefault(image, where)
-    listing.words[label].add(word)
-    if group is not None:
-        if patient is not None and not patient.strip():
-            raise InputError(f"{where}: the column {group} is empty: name the patient of each image")
-        if patient is not None:
-            listing.patients[image] = patient
-
-
-def class_folders(folder: Path, group: str | None, positive: str | None) -> Listing:
-    """List the images in class folders: two of any names, or more whose names are all in `LABELS`, such as BUSI's.
-
-    The positive class is `positive`, else the one known by its name, else the second of two. Masks are left out.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no task at {folder}: name a folder with `task`")
-    classes = [path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith(".")]
-    for path in classes:
-        if path.resolve() in (whole := folder.resolve(), *whole.parents):
-            raise InputError(f"{path} is a link to a folder around it: replace it by a folder of images")
-    names = sorted(path.name for path in classes)
-    positives = _positives(folder, names, positive)
-    listing = Listing(words={0: set(names) - positives, 1: positives})
-    for path in sorted(folder.glob("*/**/*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path) and not MASK.search(path.stem):
-            image = path.relative_to(folder).as_posix()
-            if not image.isprintable() or image != image.encode(errors="replace").decode():
-                raise InputError(f"{folder}: {image!a} is no name that a fold file can hold: rename it")
-            name = image.split("/")[0]
-            if name in names:
-                listing.labels[image] = int(name in positives)
-                listing.sources[image] = str(folder)
-    _find_patients(listing, group)
-    return listing
-
-
-def _positives(folder: Path, names: list[str], positive: str | None) -> set[str]:
-    """Which of the class folders `names` are positive. Raises `InputError` if their names do not decide it."""
-    labels = [LABELS.get(name.lower()) for name in names]
-    decided = positive is not None or (None not in labels and len(set(labels)) == 2)
-    if len(names) < 2 or (len(names) > 2 and not decided):
-        shown = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+def _recorded(listing: Listing, given: ImagesBySplit, recorded: Path) -> ImagesBySplit:
+    """The folds that an earlier evaluation made. Raises `InputError` if they are not of this task."""
+    images: ImagesBySplit = {}
+    labels: dict[str, str] = {}
+    for key, path in fold_files(recorded).items():
+        table = read_table(path)
+        image_column, label_column = table.needed("filename"), table.needed("label")
+        images[key] = [cells[image_column] for _, cells in table.rows]
+        labels |= {cells[image_column]: cells[label_column] for _, cells in table.rows}
+    wanted = {image: label_text(label) for image, label in listing.labels.items()}
+    another = "choose another results folder with `out`"
+    if labels != wanted:
+        odd = sorted(labels.items() ^ wanted.items())[0][0]
         raise InputError(
-            f"{folder} is no task: it needs a folder dataframe with fold files, or two class folders, and has "
-            f"{f'{len(names)} folders ({shown})' if names else 'none'}"
+            f"{recorded} has the folds of other images or classes than {listing.task} ({odd} is one): {another}"
         )
-    if positive is not None:
-        if positive not in names:
-            raise InputError(f"`positive={positive}` is no class folder of {folder}: name {' or '.join(names)}")
-        return {positive}
-    if len(names) == 2:
-        # The first class is positive if its name says so, or if the second one's says that it is negative.
-        return {names[0 if labels in ([1, None], [1, 0], [None, 0]) else 1]}
-    return {name for name, label in zip(names, labels, strict=True) if label == 1}
+    folds = {fold for _, fold in given} or set(range(1, FOLDS + 1))
+    same = {fold for _, fold in images} == folds
+    if given and same:
+        tests = all(set(images["test", fold]) == set(given["test", fold]) for fold in folds)
+        same = tests and all(
+            {*images["train", fold], *images["val", fold]} == set(given["train", fold]) for fold in folds
+        )
+    elif same:
+        same = all(set(images["val", fold]) == set(images["test", fold % FOLDS + 1]) for fold in folds)
+    if not same:
+        raise InputError(f"{recorded} has other folds than those of {listing.task}: {another}")
+    return images
 
 
-def make_folds(folder: Path, listing: Listing, seed: int) -> ImagesBySplit:
-    """Divide the images into stratified folds; each fold is validated on the test images of the next.
+def _made(listing: Listing, seed: int) -> ImagesBySplit:
+    """Five stratified folds; each is validated on the test images of the next.
 
-    The images of a patient are all in one fold's test images. Raises `InputError` for too few images or patients.
+    The images of a patient are all in one fold's test images.
     """
-    images = np.array(sorted(listing.labels))
-    labels = np.array([listing.labels[image] for image in images])
-    patients = [listing.patients.get(image, image) for image in images]
-    for label, words in listing.words.items():
-        found = len({patient for patient, each in zip(patients, labels, strict=True) if each == label})
-        if found < FOLDS:
-            what = "patients" if listing.patients else "images"
-            raise InputError(f"{folder}/{min(words)} has {found} {what}: each of the {FOLDS} folds needs one")
-    grouped = bool(listing.patients)
-    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(FOLDS, shuffle=True, random_state=seed)
-    tests = [rows for _, rows in splitter.split(images, labels, patients if grouped else None)]
+    images, labels, groups = _arrays(listing, sorted(listing.labels))
+    if len(set(groups)) < FOLDS:
+        raise InputError(
+            f"{listing.task} has {len(set(groups))} images or patients: each of the {FOLDS} folds needs one"
+        )
+    if labels.ndim == 1:
+        _check_counts(listing, labels, groups)
+    tests = _parts(labels, groups, seed, bool(listing.patients))
     images_by_split: ImagesBySplit = {}
     for fold in range(FOLDS):
         following = (fold + 1) % FOLDS
         rest = np.concatenate([rows for index, rows in enumerate(tests) if index not in (fold, following)])
         for split, rows in (("train", np.sort(rest)), ("val", tests[following]), ("test", tests[fold])):
-            if len(set(labels[rows])) < 2:
+            if listing.kind == "binary" and len(set(labels[rows])) < 2:
                 raise InputError(
-                    f"{folder}: {split} of fold {fold + 1} would have one class only: too few patients"
+                    f"{listing.task}: {split} of fold {fold + 1} would have one class only: too few patients"
                 )
             images_by_split[split, fold + 1] = images[rows].tolist()
     return images_by_split
 
 
-def _find_patients(listing: Listing, group: str | None) -> None:
-    """Add the patients that the regular expression `group` finds in the paths of images that have none.
+def _check_counts(listing: Listing, labels: NDArray[np.int64], groups: Sequence[str]) -> None:
+    """Raise `InputError` if a class has fewer images, or patients, than there are folds to make."""
+    for label in range(len(listing.classes)):
+        found = len({group for group, each in zip(groups, labels, strict=True) if each == label})
+        if found < FOLDS:
+            what = "patients" if listing.patients else "images"
+            place = listing.class_places[label]
+            raise InputError(f"{place} has {found} {what}: each of the {FOLDS} folds needs one")
 
-    Raises `InputError` where it finds nothing, and if it takes longer than `SEARCH_SECONDS`.
-    """
-    images = [image for image in listing.labels if image not in listing.patients]
-    if group is None or not images:
-        return
-    # In a process of its own: a search such as that of (a+)+$ may take longer than anybody lives.
-    command, question = [sys.executable, "-I", "-c", SEARCH], json.dumps([group, images])
-    try:
-        done = subprocess.run(  # noqa: S603
-            command, input=question, capture_output=True, text=True, timeout=SEARCH_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(
-            f"`group={group}` takes over {SEARCH_SECONDS} seconds to search {len(images):,} paths: name a simpler one"
-        ) from None
-    if done.returncode:
-        raise InputError(
-            f"`group={group}` cannot be searched for ({done.stderr.strip()[-200:]}): name a simpler one"
-        )
-    for image, patient in zip(images, json.loads(done.stdout), strict=True):
-        if not patient:
+
+def _carved(listing: Listing, given: ImagesBySplit, seed: int) -> ImagesBySplit:
+    """The folds, with a stratified fifth of the training images for validation."""
+    folds = dict(given)
+    for fold in sorted({fold for _, fold in given}):
+        images, labels, groups = _arrays(listing, given["train", fold])
+        if len(set(groups)) < FOLDS or (labels.ndim == 1 and max(np.bincount(labels)) < FOLDS):
             raise InputError(
-                f"{listing.sources[image]}: `group={group}` is no column, and finds nothing in {image}"
+                f"{listing.place('train', fold)} has too few images to take a fifth of them for validation: name "
+                "validation images, too"
             )
-        listing.patients[image] = patient
+        held = _parts(labels, groups, seed, bool(listing.patients))[0]
+        folds["train", fold] = np.delete(images, held).tolist()
+        folds["val", fold] = images[held].tolist()
+    return folds
 
 
-SEARCH = """
-import json, re, sys
-group, images = json.load(sys.stdin)
-found = map(re.compile(group).search, images)
-json.dump([match and match[1 if match.re.groups else 0] for match in found], sys.stdout)
-"""
+def _by_value(listing: Listing, column: str) -> ImagesBySplit:
+    """For each value of a column a fold that tests its images, and trains on the others."""
+    values = listing.subgroups[column]
+    if empty := [image for image in listing.labels if not values[image]]:
+        raise InputError(
+            f"{listing.sources[empty[0]]}: the column {column} is empty: `leave_out` needs a value of each image"
+        )
+    found = numbered(set(values.values()))
+    if len(found) < 2:
+        raise InputError(
+            f"{listing.task}: the column {column} has one value only ({''.join(found)}): `leave_out` needs two"
+        )
+    folds: ImagesBySplit = {}
+    for fold, value in enumerate(found, start=1):
+        for split in ("train", "test"):
+            folds[split, fold] = [
+                image for image in sorted(listing.labels) if (values[image] == value) == (split == "test")
+            ]
+            listing.places[split, fold] = f"{listing.task}: {split} of fold {fold}, which leaves out {value},"
+    return folds
 
 
-def _fold_files(frames: Path) -> dict[tuple[str, int], Path]:
-    """The 15 fold files by (split, fold)."""
-    files = {}
-    for split in SPLITS:
-        for fold in range(1, FOLDS + 1):
-            wanted = f"{split}_fold{fold}.csv"
-            found = sorted(
-                path for path in frames.iterdir() if path.name.endswith(wanted) and os.path.isfile(path)
-            )
-            if len(found) != 1:
-                names = " and ".join(path.name for path in found) or "none"
-                raise InputError(f"{frames} must have one file *{wanted}, found {names}")
-            files[split, fold] = found[0]
-    return files
+def _arrays(listing: Listing, images: Sequence[str]) -> tuple[NDArray[np.str_], NDArray[np.int64], list[str]]:
+    """Images, their labels, and what must stay together: a patient's images, else each image alone."""
+    labels = np.array([listing.labels[image] for image in images], np.int64)
+    return np.array(images), labels, [listing.patients.get(image, image) for image in images]
 
 
-def _rows(path: Path, group: str | None) -> Iterator[_Row]:
-    """The rows of a fold file. Raises `InputError` for missing columns, unknown labels and broken files."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
-            label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-            if image_column is None or label_column is None:
-                raise InputError(
-                    f"{path}, line 1: needs a column {' or '.join(IMAGE_COLUMNS)} and a column "
-                    f"{' or '.join(LABEL_COLUMNS)}, has {_listed(columns)}"
-                )
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                image, label = (row[image_column] or "").strip(), (row[label_column] or "").strip()
-                if not image or not image.isprintable() or len(image) > LONGEST_PATH:
-                    raise InputError(f"{where}: names no image")
-                if label.lower() not in LABELS:
-                    raise InputError(f"{where}: label {reprlib.repr(label)} is none of {', '.join(LABELS)}")
-                patient = row.get(group) if group else None
-                yield _Row(where, re.sub(r"^(\./)+", "", image), label.lower(), patient)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"{path} is no CSV file in UTF-8 ({error})") from error
+def _parts(labels: NDArray[np.int64], groups: Sequence[str], seed: int, grouped: bool) -> list[NDArray[np.int64]]:
+    """Rows divided into five stratified parts, with each group in one."""
+    if labels.ndim == 2:
+        return _multilabel_parts(labels, groups, seed)
+    splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(FOLDS, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than parts: what matters is checked later
+        return [rows for _, rows in splitter.split(labels, labels, groups if grouped else None)]
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Some of the names of columns."""
-    shown = ", ".join(name[:40] for name in names[:10])
-    return f"{shown}{', …' if len(names) > 10 else ''}" if names else "none"
+def _multilabel_parts(labels_NL: NDArray[np.int64], groups: Sequence[str], seed: int) -> list[NDArray[np.int64]]:
+    """The same for several labels: the rarest label first, its groups go where it is wanted most.
+
+    That is the iterative stratification of Sechidis, Tsoumakas and Vlahavas (2011), with groups in place of images.
+    """
+    _, group_N = np.unique(np.array(groups), return_inverse=True)
+    count = int(group_N.max()) + 1
+    # Of each group: the images with each label, and at the end all its images.
+    held_G = np.zeros((count, labels_NL.shape[1] + 1), np.int64)
+    np.add.at(held_G, group_N, np.column_stack([labels_NL, np.ones(len(labels_NL), np.int64)]))
+    wanted = np.tile(held_G.sum(0) / FOLDS, (FOLDS, 1))
+    part_G = np.full(count, -1)
+    order = np.random.default_rng(seed).permutation(count)
+    for label in [*np.argsort(labels_NL.sum(0), kind="stable"), -1]:
+        waiting = [group for group in order if part_G[group] < 0 and held_G[group, label]]
+        for group in sorted(waiting, key=lambda group: -held_G[group, label]):
+            part = max(range(FOLDS), key=lambda part: (wanted[part, label], wanted[part, -1]))
+            part_G[group] = part
+            wanted[part] -= held_G[group]
+    return [np.flatnonzero(part_G[group_N] == part) for part in range(FOLDS)]
+
+
+def check_folds(listing: Listing, folds: ImagesBySplit) -> None:
+    """Raise `InputError` if a fold cannot train or test its classes; warn of classes that a test lacks."""
+    for (split, fold), images in folds.items():
+        place = listing.place(split, fold)
+        if not images:
+            raise InputError(f"{place} has no image: both classes are needed to train and to test")
+        if split == "val":
+            continue
+        labels = np.array([listing.labels[image] for image in images], np.int64)
+        if listing.kind == "binary":
+            if len(set(labels)) < 2:
+                raise InputError(f"{place} has one class only: both classes are needed to train and to test")
+            continue
+        if listing.kind == "multiclass":
+            present = np.bincount(labels, minlength=len(listing.classes)) > 0
+            enough, what = present.sum() > 1, "image of class"
+        else:
+            present = (labels.min(0) == 0) & (labels.max(0) == 1)
+            enough, what = bool(present.any()), "image with, or none without, label"
+        lacking = listed([name for name, each in zip(listing.classes, present, strict=True) if not each], " and ")
+        if split == "train" and not present.all():
+            raise InputError(f"{place} has no {what} {lacking}: each is needed to train")
+        if not enough:
+            raise InputError(f"{place} has one class only: two are needed to test")
+        if not present.all():
+            log.warning("%s has no %s %s: its metrics leave it out", place, what, lacking)

@@ -64,6 +64,11 @@ class Init:
     encoder: str | None = None
     foreign: bool = False
 
+    @property
+    def is_random(self) -> bool:
+        """Whether every fold run gets other weights."""
+        return self.weights is None
+
     def weights_for(self, fold_run: FoldRun, seed: int) -> Mapping[str, Tensor]:
         """The encoder's weights, on the CPU, from which a fold run starts."""
         if self.weights is not None:
@@ -108,7 +113,10 @@ def load_inits(config: EvaluateConfig, known: Mapping[str, Any]) -> list[Init]:
     for text in config.init:
         if text == "scratch":
             size = config.image_size
-            init = Init(text, Architecture.of(config.encoder, stem=config.stem, image_size=size))
+            channels = 3 if config.color else 1
+            init = Init(
+                text, Architecture.of(config.encoder, stem=config.stem, image_size=size, channels=channels)
+            )
         elif text == "imagenet":
             init = imagenet(config.imagenet_weights, config, normalize=config.normalize)
         elif text in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,22 +18,39 @@ from modan_fast.downstream.tasks import FoldRun
 from shard_builder.settings import InputError
 
 MOST_EXPERIMENTS = 1000  # in one report
+PLAIN = re.compile("0|[1-9][0-9]{0,5}")  # the index of a class
 
 
 class Outcome(NamedTuple):
-    """The test images of a fold run: `labels` int64, 0 or 1, and `scores` float64, in the file's order."""
+    """The test images of a fold run, in the file's order: `labels` int64, `scores` float64 and names.
+
+    Of two classes both are (n,), a label 0 or 1 and the score of 1. Of C classes `labels` (n,) are indices and `scores`
+    (n, C); of L labels both are (n, L).
+    """
 
     labels: NDArray[np.int64]
     scores: NDArray[np.float64]
+    images: tuple[str, ...]
 
 
 Predictions = Mapping[Experiment, Mapping[FoldRun, Outcome]]
 Metric = Callable[[NDArray[np.int64], NDArray[np.float64]], float | None]
 
 
+class _Lines(NamedTuple):
+    """The lines of a fold run while the file is read."""
+
+    labels: list[str]
+    scores: list[str]
+    images: list[str]
+
+
 def read_predictions(path: Path) -> Predictions:
     """The content of a predictions.csv, in its order. Raises `InputError` if it is missing or a line is damaged."""
-    found: dict[Experiment, dict[FoldRun, tuple[list[int], list[float]]]] = {}
+    found: dict[Experiment, dict[FoldRun, Outcome]] = {}
+    unread: dict[tuple[Experiment, FoldRun], _Lines] = {}
+    names: dict[str, str] = {}  # of images, each once in memory
+    forms: dict[str, tuple[int, int]] = {}  # by task: how many labels and scores an image has
     try:
         if os.path.lexists(path) and not os.path.isfile(path):
             raise InputError(f"{path} is no regular file: replace it by a copy")
@@ -42,13 +60,17 @@ def read_predictions(path: Path) -> Predictions:
                 raise InputError(f"{path}, line 1: the columns must be {','.join(COLUMNS)}")
             for row in reader:
                 try:
-                    *key, repeat, fold, _, label, score = row
+                    *key, repeat, fold, image, label, score = row
                     experiment, fold_run = key_of(key, repeat, fold)
-                    if label not in ("0", "1"):
-                        raise ValueError("no label")
-                    labels, scores = found.setdefault(experiment, {}).setdefault(fold_run, ([], []))
-                    labels.append(int(label))
-                    scores.append(float(score))
+                    form = label.count(" ") + 1, score.count(" ") + 1
+                    if forms.setdefault(experiment.task, form) != form:
+                        raise ValueError("another number of labels or scores than before")
+                    _check(label.split(" "), score.split(" "))
+                    found.setdefault(experiment, {})
+                    lines = unread.setdefault((experiment, fold_run), _Lines([], [], []))
+                    lines.labels.append(label)
+                    lines.scores.append(score)
+                    lines.images.append(names.setdefault(image, image))
                 except (TypeError, ValueError) as error:
                     raise InputError(
                         f"{path}, line {reader.line_num}: damaged; the same evaluation again repairs it"
@@ -59,13 +81,33 @@ def read_predictions(path: Path) -> Predictions:
         raise InputError(f"{path} is no CSV file in UTF-8 ({error}): choose another results folder") from error
     if len(found) > MOST_EXPERIMENTS:
         raise InputError(f"{path} has {len(found):,} experiments, over {MOST_EXPERIMENTS:,}: divide it")
-    return {
-        experiment: {
-            fold_run: Outcome(np.array(labels), np.array(scores))
-            for fold_run, (labels, scores) in fold_runs.items()
-        }
-        for experiment, fold_runs in found.items()
-    }
+    for (experiment, fold_run), lines in unread.items():
+        found[experiment][fold_run] = _outcome(lines)
+    return found
+
+
+def _check(labels: list[str], scores: list[str]) -> None:
+    """Raise ValueError if an image has no labels and scores that an evaluation writes."""
+    values = [float(score) for score in scores]
+    if len(scores) == 1:
+        right = labels in (["0"], ["1"])
+    elif len(labels) == 1:
+        right = PLAIN.fullmatch(labels[0]) is not None and int(labels[0]) < len(scores)
+    else:
+        right = len(labels) == len(scores) and all(label in ("0", "1") for label in labels)
+    # What a diverged training scored is no number. Files of one score an image may hold any.
+    if not right or (len(scores) > 1 and any(value < 0 or value > 1 for value in values)):
+        raise ValueError("no label, or no probability")
+
+
+def _outcome(lines: _Lines) -> Outcome:
+    labels = np.array([[int(each) for each in label.split(" ")] for label in lines.labels], np.int64)
+    scores = np.array([[float(each) for each in score.split(" ")] for score in lines.scores])
+    return Outcome(
+        labels[:, 0] if labels.shape[1] == 1 else labels,
+        scores[:, 0] if scores.shape[1] == 1 else scores,
+        tuple(lines.images),
+    )
 
 
 def read_finished(folder: Path) -> tuple[Predictions, int]:
@@ -106,7 +148,7 @@ def by_fold(predictions: Predictions, metric: Metric) -> dict[Experiment, dict[i
         wanted = sorted(folds[experiment.task])
         table[experiment] = {
             # np.array turns None into NaN.
-            repeat: np.array([metric(*fold_runs[FoldRun(repeat, fold)]) for fold in wanted], np.float64)
+            repeat: np.array([metric(*fold_runs[FoldRun(repeat, fold)][:2]) for fold in wanted], np.float64)
             for repeat in sorted({fold_run.repeat for fold_run in fold_runs})
             if all(FoldRun(repeat, fold) in fold_runs for fold in wanted)
         }

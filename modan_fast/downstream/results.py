@@ -1,4 +1,4 @@
-"""The results folder: predictions.csv and curves.csv, one fold run appended after another, and runs.json.
+"""The results folder: predictions.csv and the files beside it, one fold run appended after another, and runs.json.
 
 runs.json records what was judged and how. Inits, tasks, protocols, recipes and repeats can be added later; other
 settings are refused.
@@ -9,18 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modan_fast.config import Protocol, Recipe, Stem, changed, to_json
-from modan_fast.downstream.tasks import FoldRun, Task
+from modan_fast.downstream.subgroups import COLUMNS as IMAGE_COLUMNS
+from modan_fast.downstream.subgroups import ENDING
+from modan_fast.downstream.tasks import FoldRun, Kind, Task
 from modan_fast.folder import is_new, read_json, write_json
 from modan_fast.recipes import evaluate_config
 from shard_builder.atomic import naming, replacing
@@ -30,7 +33,10 @@ FORMAT = 1
 
 
 class Experiment(NamedTuple):
-    """What is compared: an init judged on a task by a protocol. These are the first columns of predictions.csv."""
+    """What is compared: an init judged on a task by a protocol. These are the first columns of predictions.csv.
+
+    The protocol `logistic:5` is `logistic` on five labelled images of each class; its repeats are tries.
+    """
 
     task: str
     init: str
@@ -40,13 +46,43 @@ class Experiment(NamedTuple):
 
 COLUMNS = (*Experiment._fields, "repeat", "fold", "image", "label", "score")
 CURVE_COLUMNS = (*Experiment._fields, "repeat", "fold", "epoch", "val_loss")
+CONVERGENCE_COLUMNS = (*Experiment._fields, "repeat", "fold", "last_loss", "before_loss", "optimum")
+CHOICE_COLUMNS = (*Experiment._fields, "repeat", "fold", "chosen", "val_loss")
+SIDE_FILES = {  # beside predictions.csv; a fold run has lines in some of them
+    "curves.csv": CURVE_COLUMNS,
+    "convergence.csv": CONVERGENCE_COLUMNS,
+    "chosen.csv": CHOICE_COLUMNS,
+}
+PROTOCOL = re.compile(r"([a-z]+)(?::([1-9][0-9]{0,8}))?")
+
+
+class Trained(NamedTuple):
+    """What the training of a fold run gave.
+
+    `scores` float32 are those of its test images (n,), or (n, C) for C classes or labels; `losses` float32 the
+    validation loss of each epoch. `convergence` is the training loss after the last epoch, the one before it and the
+    lowest possible one. `chosen` is the C or k that the validation fold chose, and its loss there.
+    """
+
+    scores: NDArray[np.float32]
+    losses: NDArray[np.float32] | Sequence[np.float32] = ()
+    convergence: tuple[float, float, float] | None = None
+    chosen: tuple[float, float] | None = None
+
+
+def protocol_of(text: str) -> tuple[Protocol, int | None]:
+    """A protocol, and its number of labelled images of each class; None for all. Raises ValueError if it is none."""
+    found = PROTOCOL.fullmatch(text)
+    if found is None or found[1] not in get_args(Protocol):
+        raise ValueError("no protocol")
+    return cast(Protocol, found[1]), int(found[2]) if found[2] else None
 
 
 def key_of(names: Sequence[str], repeat: str, fold: str) -> tuple[Experiment, FoldRun]:
     """The first columns of a line as its experiment and fold run. Raises TypeError or ValueError for other values."""
     experiment, fold_run = Experiment(*names), FoldRun(int(repeat), int(fold))
-    known = experiment.recipe in get_args(Recipe) and experiment.protocol in get_args(Protocol)
-    if not known or fold_run.repeat < 1 or fold_run.fold < 1:
+    protocol_of(experiment.protocol)
+    if experiment.recipe not in get_args(Recipe) or fold_run.repeat < 1 or fold_run.fold < 1:
         raise ValueError("no experiment of this program")
     return experiment, fold_run
 
@@ -78,18 +114,26 @@ def recorded_settings(runs: Mapping[str, Any], recipe: str) -> dict[str, Any]:
     return to_json(changed(defaults, runs["settings"].get(recipe, {})))
 
 
-# What the fields of runs.json may be: a type, or some words. Those with a ? may be missing.
+# What the fields of runs.json may be: a type, some words, or what a function takes. Those with a ? may be missing.
 Kinds = Mapping[str, Any]
 RUNS: Kinds = {"settings": dict, "tasks": dict, "inits": dict, "times": list, "versions?": dict}
-TASK: Kinds = {"path?": str, "sha256?": str, "images?": int, "positive?": str, "test_images?": list}
+TASK: dict[str, Any] = {"path?": str, "sha256?": str, "images?": int, "positive?": str, "test_images?": list}
+TASK |= {"kind?": get_args(Kind), "classes?": list, "subgroups?": list}
 INIT: Kinds = {
     **{"kind": str, "method?": str, "path?": str, "stem?": get_args(Stem), "sha256?": str},
     **{"shards?": dict, "architecture?": str, "encoder?": str, "normalized?": dict},
 }
 TIME: Kinds = {
-    **{"task": str, "init": str, "recipe": str, "protocol": get_args(Protocol), "device?": str},
+    **{"task": str, "init": str, "recipe": str, "protocol": protocol_of, "device?": str},
     **{"cells": int, "images?": int, "seconds": float, "seconds_per_epoch": float},
 }
+
+
+def _is_protocol(text: str) -> bool:
+    try:
+        return bool(protocol_of(text))
+    except ValueError:
+        return False
 
 
 def _check_runs(runs: dict[str, Any], path: Path) -> None:
@@ -98,6 +142,8 @@ def _check_runs(runs: dict[str, Any], path: Path) -> None:
     def check(where: str, value: Any, kind: Any) -> None:
         if isinstance(kind, tuple):
             right = value in kind
+        elif kind is protocol_of:
+            right = isinstance(value, str) and _is_protocol(value)
         elif kind in (int, float):
             # Below 2**63, because a larger integer may be no float.
             right = isinstance(value, (int, kind)) and not isinstance(value, bool) and 0 <= value < 2**63
@@ -120,6 +166,9 @@ def _check_runs(runs: dict[str, Any], path: Path) -> None:
         check_fields(f"task {name[:40]}", task, TASK)
         for count in task.get("test_images") or ():
             check(f"task {name[:40]} test_images", count, int)
+        for field in ("classes", "subgroups"):
+            for word in task.get(field) or ():
+                check(f"task {name[:40]} {field}", word, str)
     for name, init in runs["inits"].items():
         check_fields(f"init {name[:40]}", init, INIT)
     for number, line in enumerate(runs["times"]):
@@ -164,11 +213,6 @@ class Results:
         """Its predictions.csv."""
         return self.folder / "predictions.csv"
 
-    @property
-    def curves(self) -> Path:
-        """Its curves.csv: the validation loss after each epoch of each fold run."""
-        return self.folder / "curves.csv"
-
     def admit(
         self, recipe: str, settings: Mapping[str, Any], task: Task, inits: Mapping[str, Mapping[str, Any]]
     ) -> None:
@@ -183,12 +227,17 @@ class Results:
             "images": len(task.images),
             "positive": task.positive,
             "test_images": [len(fold.test) for fold in task.folds],
+            "kind": task.kind,
+            "classes": list(task.classes),
         }
-        if self.runs["tasks"].setdefault(task.name, record).get("sha256") != task.sha256:
+        known = self.runs["tasks"].setdefault(task.name, record)
+        if known.get("sha256") != task.sha256:
             raise InputError(
                 f"{self.folder} was made with other images or folds of task {task.name}: "
                 "choose another folder with `out`"
             )
+        if task.subgroups:
+            known["subgroups"] = sorted({*(known.get("subgroups") or ()), *task.subgroups})
         for name, init in inits.items():
             self._compare_input(name, init, recipe, earlier)
             if self.runs["inits"].setdefault(name, dict(init)).get("sha256") != init.get("sha256"):
@@ -227,7 +276,7 @@ class Results:
         write_json(self.folder / "runs.json", self.runs)
 
     def finished(self) -> set[tuple[Experiment, FoldRun]]:
-        """The fold runs whose test images are all in predictions.csv. Unfinished ones are removed from both files."""
+        """The fold runs whose test images are all in predictions.csv. Unfinished ones are removed from all files."""
         keys, lines = _lines(self.predictions, COLUMNS)
         wanted = {}
         for number, key in enumerate(keys, start=2):
@@ -238,53 +287,91 @@ class Results:
                 raise _damaged(self.predictions, number) from error
         finished = {key for key, count in Counter(keys).items() if count == wanted[key]}
         _keep(self.predictions, keys, lines, finished)
-        _keep(self.curves, *_lines(self.curves, CURVE_COLUMNS), finished)
+        for name, columns in SIDE_FILES.items():
+            _keep(self.folder / name, *_lines(self.folder / name, columns), finished)
         return finished
 
     def append(
-        self,
-        experiment: Experiment,
-        task: Task,
-        fold_runs: Sequence[FoldRun],
-        scores: Sequence[NDArray[np.float32]],
-        losses: Sequence[NDArray[np.float32]],
+        self, experiment: Experiment, task: Task, fold_runs: Sequence[FoldRun], trained: Sequence[Trained]
     ) -> None:
-        """Append the test images of the fold runs to predictions.csv, and their validation losses to curves.csv.
+        """Append the test images of the fold runs to predictions.csv, and their losses to the files beside it.
 
-        Numbers are written as the shortest decimal that gives the same float32.
+        Numbers are written as the shortest decimal that gives the same float32. Several labels, or scores, of an image
+        are separated by spaces.
         """
-        curves, predictions = [], []
-        for fold_run, test_scores, val_losses in zip(fold_runs, scores, losses, strict=True):
+        sides: dict[str, list[Sequence[Any]]] = {name: [] for name in SIDE_FILES}
+        predictions = []
+        for fold_run, each in zip(fold_runs, trained, strict=True):
             key = (*experiment, fold_run.repeat, fold_run.fold)
-            curves += [(*key, epoch, str(loss)) for epoch, loss in enumerate(val_losses, start=1)]
-            for row, score in zip(task.fold_of(fold_run).test, test_scores, strict=True):
-                predictions.append((*key, task.images[row], task.labels[row], str(score)))
+            sides["curves.csv"] += [(*key, epoch, str(loss)) for epoch, loss in enumerate(each.losses, start=1)]
+            for name, values in (("convergence.csv", each.convergence), ("chosen.csv", each.chosen)):
+                if values is not None:
+                    sides[name].append((*key, *(str(np.float32(value)) for value in values)))
+            for row, score in zip(task.fold_of(fold_run).test, each.scores, strict=True):
+                predictions.append((*key, task.images[row], _joined(task.labels[row]), _joined(score)))
         # The predictions come last, because a fold run that has them counts as finished.
-        _append(self.curves, CURVE_COLUMNS, curves)
+        for name, rows in sides.items():
+            if rows:
+                _append(self.folder / name, SIDE_FILES[name], rows)
         _append(self.predictions, COLUMNS, predictions)
 
+    def list_images(self, task: Task) -> None:
+        """Write the patient and the subgroups of each image of a task to NAME-images.csv.
+
+        What an earlier evaluation knew of the same images is kept.
+        """
+        path = own_file(self.folder / f"{task.name}{ENDING}")
+        columns, known = _images_in(path)
+        given = {name: dict(zip(task.images, values, strict=True)) for name, values in task.subgroups.items()}
+        if task.patients:
+            given["patient"] = dict(zip(task.images, task.patients, strict=True))
+        header = dict.fromkeys([*IMAGE_COLUMNS, *columns, *task.subgroups])
+        rows = [tuple(header)]
+        for image in task.images:
+            row = {
+                **known.get(image, {}),
+                **{name: values[image] for name, values in given.items()},
+                "image": image,
+            }
+            rows.append(tuple(row.get(name) or "" for name in header))
+        content = b"".join(map(_line, rows))
+        if not path.exists() or path.read_bytes() != content:
+            with replacing(path) as file:
+                file.write(content)
+
     def add_time(
-        self,
-        experiment: Experiment,
-        task: Task,
-        fold_runs: Sequence[FoldRun],
-        epochs: int,
-        seconds: float,
-        device: str,
+        self, experiment: Experiment, cells: int, images: int, epochs: int, seconds: float, device: str
     ) -> None:
-        """Add the wall-clock time of fold runs, with everything they needed, to that of their experiment and device."""
+        """Add the wall-clock time of fold runs, with everything they needed, to that of their experiment and device.
+
+        `images` are those that they trained on, in all epochs.
+        """
         times = self.runs["times"]
         key = {**experiment._asdict(), "device": device}
         line = next((line for line in times if key.items() <= line.items()), None)
         if line is None:
             line = {**key, "cells": 0, "images": 0, "seconds": 0.0}
             times.append(line)
-        line["cells"] += len(fold_runs)
-        images = epochs * sum(len(task.fold_of(fold_run).train) for fold_run in fold_runs)
+        line["cells"] += cells
         line["images"] = (line.get("images") or 0) + images
         line["seconds"] += seconds
         line["seconds_per_epoch"] = line["seconds"] / (line["cells"] * epochs)
         self.save()
+
+
+def _images_in(path: Path) -> tuple[Sequence[str], dict[str, dict[str, str]]]:
+    """The columns of a NAME-images.csv and the row of each image; nothing of a damaged one, which is written anew."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            return reader.fieldnames or (), {row["image"]: row for row in reader}
+    except (OSError, ValueError, KeyError, csv.Error):
+        return (), {}
+
+
+def _joined(values: Any) -> str:
+    """A number as text, or several with spaces between them."""
+    return str(values) if np.ndim(values) == 0 else " ".join(map(str, values))
 
 
 def _lines(path: Path, columns: Sequence[str]) -> tuple[list[tuple[Experiment, FoldRun]], list[bytes]]:

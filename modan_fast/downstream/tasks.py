@@ -8,34 +8,30 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from modan_fast.downstream.folds import (
-    FOLDS,
-    SPLITS,
-    ImagesBySplit,
-    Listing,
-    class_folders,
-    make_folds,
-    read_folds,
-)
+from modan_fast.downstream import medmnist
+from modan_fast.downstream.classes import Kind
+from modan_fast.downstream.folders import read_folders
+from modan_fast.downstream.folds import check_folds, completed, label_text
+from modan_fast.downstream.listing import SPLITS, Choices, ImagesBySplit, Listing
+from modan_fast.downstream.pixels import digest, read_image, resized
+from modan_fast.downstream.tables import IMAGE_COLUMNS, LABEL_COLUMNS, read_csv, read_dataframe
 from shard_builder.atomic import new_folder
 from shard_builder.settings import InputError, Progress, no_progress
 
-# Of an image, as in shard_builder: what is larger would fill the memory.
-MOST_PIXELS, MOST_BYTES = 2**26, 2**28
-LARGE = 2**23  # pixels
-# Not all that Pillow knows: it hands PostScript to a program.
-FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "DIB", "TIFF", "GIF", "WEBP", "PPM", "PCX", "TGA", "SGI")
+ARRAYS = ".npz"
+AT_ONCE = 1024  # rows of an array that are decoded together
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,15 @@ class FoldRun:
 
 @dataclass(frozen=True)
 class Task:
-    """The content of a task's fold files or class folders.
+    """The content of a task, whatever its layout.
 
-    `images` are the N paths under `folder`, sorted. `labels` (N,) int64 is 1 for the class `positive` and 0 for the
-    other. For each image, `sources` has the file and line that list it first, `digests` its SHA-256, `patients` its
-    patient; `patients` is empty if they are unknown. `sha256` covers names, labels, folds and the bytes of all images.
-    `new_folds` is true if the folds were made just now and are in no file yet.
+    `images` are the N paths under `folder`, sorted; of a MedMNIST file `folder` is that file, and `images` are its
+    rows. `kind` says what `labels` int64 are: of a binary task (N,), 1 for the class `positive` and 0 for the other; of
+    a multi-class task (N,), an index into `classes`; of a multi-label one (N, L), 1 where the image has that one of
+    `classes`. For each image, `sources` has the file and line that list it first, `digests` its SHA-256, `patients` its
+    patient; `patients` is empty if they are unknown, and `subgroups` its value in each column that divides the images,
+    empty where the value is missing. `sha256` covers names, labels, folds and the bytes of all images. `new_folds` is
+    true if the folds were made just now and are in no file yet.
     """
 
     name: str
@@ -88,127 +87,160 @@ class Task:
     positive: str
     sha256: str
     new_folds: bool = False
+    kind: Kind = "binary"
+    classes: tuple[str, ...] = ("negative", "positive")
+    subgroups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> int:
+        """The number of logits of a head: two of a binary task, else one a class."""
+        return len(self.classes)
 
     def fold_of(self, fold_run: FoldRun) -> Fold:
         """The fold that a fold run trains and is tested on."""
         return self.folds[fold_run.fold - 1]
 
 
+def task_name(path: Path) -> str:
+    """The name of the task at a path: that of its folder, or of its file without the ending."""
+    path = path.resolve()
+    return path.stem if path.is_file() else path.name
+
+
 def read_task(
-    folder: Path,
+    path: Path,
     *,
     folds: Path | None = None,
     seed: int = 0,
     group: str | None = None,
     positive: str | None = None,
+    words: str | None = None,
+    columns: Sequence[str] = (),
+    subgroup: Sequence[str] = (),
+    leave_out: str | None = None,
 ) -> Task:
-    """Read a task with published folds, or one of class folders.
+    """Read a task of any layout.
 
-    Published folds are `{folder}/dataframe/{prefix}{train,val,test}_fold{1..5}.csv`, as RadImageNet has them. The
-    prefix may be anything, the image column is `filename` or `img_dir`, the label column `label` or `acl_label`.
-    Without them, `folder` has a folder for each class; `positive` names the positive one. Its folds are those in
-    `folds` or, if that does not exist, made from `seed`. `group` is a column of the fold files, or a regular
-    expression whose first group, or whole match, in an image's path names the patient. Raises `InputError` that names
-    the file and line.
+    A folder with `dataframe/*{train,val,test}_fold{1..F}.csv`, as RadImageNet has them, or `*{train,val,test}.csv`; a
+    folder with a folder for each class, or with `train`, `val` and `test` folders of these; a CSV file of all images;
+    a .npz file of MedMNIST. Of a folder or file without folds or validation images, these are what an earlier
+    evaluation wrote into the folder `folds`, or are made from `seed`.
+
+    `group` is a column, or a regular expression whose first group, or whole match, in an image's path names the
+    patient. `positive` names the positive class, `words` the words of each class (see `classes.parsed`), `columns` the
+    columns of labels, `subgroup` columns that divide the images. With `leave_out`, a fold tests the images of each
+    value of that column. Raises `InputError` that names the file and line.
     """
-    if not (name := folder.resolve().name).isprintable():
+    if not (name := task_name(path)).isprintable():
         raise InputError(f"{name} is no name that the tables can hold: rename the task's folder")
-    if os.path.isdir(folder / "dataframe"):
-        if positive is not None:
-            raise InputError(f"`positive` is for class folders: the fold files of {folder} say which is positive")
-        listing, images_by_split = read_folds(folder, folder / "dataframe", group)
-        return _task(folder, listing, images_by_split)
-    listing = class_folders(folder, group, positive)
-    if folds is not None and os.path.isdir(folds):
-        return _task(folder, listing, _kept_folds(folder, folds, listing))
-    return _task(folder, listing, make_folds(folder, listing, seed), new_folds=True)
+    divided = tuple(dict.fromkeys((*subgroup, *([leave_out] if leave_out is not None else []))))
+    if wrong := [column for column in divided if column.lower() in (*IMAGE_COLUMNS, *LABEL_COLUMNS)]:
+        raise InputError(f"`subgroup={wrong[0]}` is the column of images or labels: name another one")
+    choices = Choices(group, positive, words, tuple(columns), divided)
+    known: Mapping[str, bytes] = {}
+    if os.path.isfile(path) and path.suffix.lower() == ARRAYS:
+        listing, given, known = medmnist.read_medmnist(path, choices)
+    elif os.path.isfile(path) and path.suffix.lower() == ".csv":
+        listing, given = read_csv(path, choices)
+    elif os.path.isfile(path):
+        raise InputError(f"{path} is no task: name a folder, a CSV file or a .npz file of MedMNIST")
+    elif os.path.isdir(path / "dataframe"):
+        listing, given = read_dataframe(path, choices)
+    else:
+        listing, given = read_folders(path, choices)
+    images_by_split, new = completed(listing, given, folds, seed, leave_out)
+    check_folds(listing, images_by_split)
+    return _task(name, listing, images_by_split, known, new_folds=new)
 
 
-def _kept_folds(folder: Path, folds: Path, listing: Listing) -> ImagesBySplit:
-    """The folds that an earlier evaluation made for class folders. Raises `InputError` if the images have changed."""
-    listed, images_by_split = read_folds(folder, folds, None)
-    if listed.labels != listing.labels:
-        odd = sorted(listed.labels.items() ^ listing.labels.items())[0][0]
-        raise InputError(
-            f"{folds} has the folds of other images or classes than {folder} ({odd} is one): "
-            "choose another results folder with `out`"
-        )
-    return images_by_split
-
-
-def _task(folder: Path, listing: Listing, images_by_split: ImagesBySplit, *, new_folds: bool = False) -> Task:
+def _task(
+    name: str, listing: Listing, images_by_split: ImagesBySplit, known: Mapping[str, bytes], *, new_folds: bool
+) -> Task:
+    """The task; `known` are the digests of images that are no files."""
     images = sorted(listing.labels)
     row = {image: index for index, image in enumerate(images)}
     folds = tuple(
         Fold(*(np.array([row[image] for image in images_by_split[split, fold]], np.int64) for split in SPLITS))
-        for fold in range(1, FOLDS + 1)
+        for fold in sorted({fold for _, fold in images_by_split})
     )
-    digest = hashlib.sha256(repr([(image, listing.labels[image]) for image in images]).encode())
+    whole = hashlib.sha256(repr([(image, listing.labels[image]) for image in images]).encode())
+    if listing.kind != "binary":
+        whole.update(repr((listing.kind, listing.classes)).encode())
     for fold in folds:
-        digest.update(repr([getattr(fold, split).tolist() for split in SPLITS]).encode())
-    digests = [_digest(folder / image, listing.sources[image]) for image in images]
+        whole.update(repr([getattr(fold, split).tolist() for split in SPLITS]).encode())
+    digests = [known.get(image) or digest(listing.folder / image, listing.sources[image]) for image in images]
     for each in digests:
-        digest.update(each.digest())
+        whole.update(each)
     return Task(
-        name=folder.resolve().name,
-        folder=folder,
+        name=name,
+        folder=listing.folder,
         images=tuple(images),
         labels=np.array([listing.labels[image] for image in images], np.int64),
         folds=folds,
         sources=tuple(listing.sources[image] for image in images),
-        digests=tuple(each.hexdigest() for each in digests),
+        digests=tuple(each.hex() for each in digests),
         patients=tuple(listing.patients[image] for image in images) if listing.patients else (),
-        positive=" or ".join(sorted(listing.words[1])),
-        sha256=digest.hexdigest(),
+        positive=listing.classes[1] if listing.kind == "binary" else "",
+        sha256=whole.hexdigest(),
         new_folds=new_folds,
+        kind=listing.kind,
+        classes=listing.classes,
+        subgroups={
+            column: tuple(values[image] for image in images) for column, values in listing.subgroups.items()
+        },
     )
-
-
-def _digest(path: Path, where: str) -> hashlib._Hash:
-    """The SHA-256 of an image. Raises `InputError` if it cannot be read."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{where}: {path} has over {MOST_BYTES >> 20} MiB: replace it")
-        return hashlib.sha256(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{where}: {path} cannot be read ({error.strerror}): replace it") from error
 
 
 def write_folds(task: Task, folder: Path) -> None:
     """Write the folds of a task as fold files into the new folder `folder`."""
+    labels = [label_text(tuple(label) if task.labels.ndim == 2 else label) for label in task.labels.tolist()]
     with new_folder(folder) as unfinished:
         for number, fold in enumerate(task.folds, start=1):
             for split in SPLITS:
                 with (unfinished / f"{split}_fold{number}.csv").open("w", encoding="utf-8", newline="") as file:
                     writer = csv.writer(file, lineterminator="\n")
                     writer.writerow(["filename", "label"])
-                    writer.writerows((task.images[row], task.labels[row]) for row in getattr(fold, split))
+                    writer.writerows((task.images[row], labels[row]) for row in getattr(fold, split))
 
 
-def decode(task: Task, image_size: int, progress: Progress = no_progress) -> NDArray[np.uint8]:
-    """The task's images as grey pixels (N, 1, image_size, image_size), stretched as the images of a shard set are.
+def decode(task: Task, image_size: int, progress: Progress = no_progress, channels: int = 1) -> NDArray[np.uint8]:
+    """The task's images as pixels (N, channels, image_size, image_size), stretched as the images of a shard set are.
 
-    The resampling is bilinear and antialiased. Raises `InputError` for an image that does not decode.
+    One channel is grey, three are red, green and blue. The resampling is bilinear and antialiased. Raises `InputError`
+    for an image that does not decode.
     """
-    pixels = np.empty((len(task.images), 1, image_size, image_size), np.uint8)
-    large = Lock()  # one at a time: a few bytes may declare an image of half a GiB
+    pixels = np.empty((len(task.images), channels, image_size, image_size), np.uint8)
 
-    def read(row: int) -> None:
+    def read_file(row: int) -> None:
         try:
-            with Image.open(task.folder / task.images[row], formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ValueError(f"over {MOST_PIXELS:,} pixels")
-                if image.mode[0] in "IF":
-                    raise ValueError("more than 8 bits a pixel")
-                with large if image.width * image.height > LARGE else nullcontext():
-                    grey = image.convert("L").resize((image_size, image_size), Image.Resampling.BILINEAR)
+            image = read_image(task.folder / task.images[row], image_size, channels)
         except Exception as error:  # Pillow raises errors of any type for damaged files
             raise InputError(
                 f"{task.sources[row]}: {task.images[row]} does not decode ({str(error)[:200]}): replace it"
             ) from error
-        pixels[row, 0] = np.asarray(grey)
+        put(row, image)
 
-    with ThreadPoolExecutor() as pool:
-        for done, _ in enumerate(pool.map(read, range(len(pixels))), start=1):
-            progress("decode", done, len(pixels), task.name)
+    def read_row(named: tuple[int, NDArray[np.uint8]]) -> None:
+        row, array = named
+        put(row, resized(Image.fromarray(array), image_size, channels))
+
+    def put(row: int, image: Image.Image) -> None:
+        pixels[row] = np.asarray(image).reshape(image_size, image_size, channels).transpose(2, 0, 1)
+
+    if task.folder.suffix.lower() == ARRAYS and task.folder.is_file():
+        row_of = {image: row for row, image in enumerate(task.images)}
+        arrays = ((row_of[name], array) for name, array in medmnist.rows(task.folder) if name in row_of)
+        work = _mapped(read_row, arrays)
+    else:
+        work = _mapped(read_file, range(len(pixels)))
+    for done, _ in enumerate(work, start=1):
+        progress("decode", done, len(pixels), task.name)
     return pixels
+
+
+def _mapped(function: Callable[[Any], None], items: Iterable[Any]) -> Iterator[None]:
+    """`function` of each of the items, on all cores; an executor's own `map` would take all of them at once."""
+    iterator = iter(items)
+    with ThreadPoolExecutor() as pool:
+        while block := list(islice(iterator, AT_ONCE)):
+            yield from pool.map(function, block)

@@ -1,4 +1,4 @@
-"""Plotting with matplotlib: contact sheets, UMAP panels, ROC curves and curves over epochs, into PNG and SVG files.
+"""Plotting with matplotlib: contact sheets, UMAP panels, forest plots, lines and curves, into PNG and SVG files.
 
 N images, F features.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 mpl.use("Agg")  # no screen is needed
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -23,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from shard_builder.atomic import replacing
 from shard_builder.settings import printable
 
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]  # x and y
+Interval = tuple[float, float]
 
 # Okabe and Ito's palette without black and yellow, then Tol's: adjacent colours also differ for colour-blind readers.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]
@@ -114,40 +115,149 @@ def embedding(path: Path, panels: Sequence[tuple[str, NDArray[np.float32]]], lab
         _save(figure, path)
 
 
-def roc(path: Path, panels: Sequence[Sequence[tuple[str, Sequence[Curve]]]], shown: int) -> None:
-    """Write a grid of ROC panels, each a title and its folds' curves.
+class Line(NamedTuple):
+    """A line of a panel, with a band from `low` to `high` around it; `level` is drawn across the panel, dotted."""
 
-    The first `shown` curves are thin lines; the mean of all, at equal false-positive rates, is a thick one.
+    name: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    low: NDArray[np.float64] | None = None
+    high: NDArray[np.float64] | None = None
+    level: float | None = None
+
+
+def lines(
+    path: Path,
+    panels: Sequence[tuple[str, Sequence[Line]]],
+    labels: tuple[str, str],
+    names: Sequence[str],
+    *,
+    square: bool = False,
+    marked: bool = False,
+    logarithmic: bool = False,
+) -> None:
+    """Write panels of lines, each a title and its lines; `labels` name the axes.
+
+    A line has the colour of its name's place in `names`. `square` panels show [0, 1] with the diagonal, `marked` ones
+    every point, `logarithmic` ones the x values that occur.
     """
-    columns = max(map(len, panels))
-    grid = np.linspace(0, 1, 201)
+    columns, rows = _layout(len(panels), most=4 if square else 3)
+    size = (2.75, 2.8) if square else (4, 2.7)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            len(panels),
-            columns,
-            figsize=(2.4 * columns, 2.65 * len(panels) + 0.2),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
+            rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.5), squeeze=False, layout="constrained"
         )
-        for line, row in zip(axes, panels, strict=True):
-            for axis, (title, curves) in zip(line, row, strict=False):
-                axis.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8, linestyle=(0, (4, 3)))
-                for false, true in curves[:shown]:
-                    axis.plot(false, true, color=COLOURS[0], alpha=0.45, linewidth=0.7)
-                # At 0 np.interp takes the last point, that is the top of the curve's vertical start.
-                mean = np.mean([np.interp(grid, false, true) for false, true in curves], axis=0)
-                axis.plot(np.r_[0, grid], np.r_[0, mean], color="#111111", linewidth=1.7)
-                axis.set(
-                    xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal"
-                )
-                axis.set_title(title)
-            for axis in line[len(row) :]:
-                axis.axis("off")
-        figure.supxlabel("1 − specificity", fontsize=9)
-        figure.supylabel("sensitivity", fontsize=9)
+        for axis, (title, drawn) in zip(axes.flat, panels, strict=False):
+            if square:
+                axis.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle=(0, (4, 3)))
+                ticks = (0, 0.25, 0.5, 0.75, 1)
+                axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=ticks, yticks=ticks, aspect="equal")
+                axis.set_xticklabels(["0", "", "0.5", "", "1"])
+                axis.set_yticklabels(["0", "", "0.5", "", "1"])
+            for line in drawn:
+                colour, dash, marker = _look(names, line.name)
+                mark: Any = {"marker": marker, "markersize": 4.5, "markeredgewidth": 0} if marked else {}
+                axis.plot(line.x, line.y, color=colour, linestyle=dash, linewidth=1.5, **mark)
+                if line.low is not None and line.high is not None:
+                    axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.12, linewidth=0)
+                if line.level is not None:
+                    axis.axhline(line.level, color=colour, linewidth=1, linestyle=(0, (1, 2)))
+            if logarithmic:
+                axis.set_xscale("log")
+                occurring = sorted({float(x) for line in drawn for x in line.x})
+                axis.set_xticks(occurring, [f"{x:g}" for x in occurring])
+                axis.set_xticks([], minor=True)
+            elif not square:
+                axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axis.set(title=title)
+            _grid(axis)
+        _finish(figure, axes, len(panels), labels, names, marked=marked)
         _save(figure, path)
+
+
+def forest(
+    path: Path,
+    panels: Sequence[tuple[str, Mapping[str, Mapping[str, tuple[float, Interval | None]]]]],
+    label_x: str,
+    names: Sequence[str],
+) -> None:
+    """Write a forest plot: panels of a title and, by group and name, a value with its interval.
+
+    The groups of all panels have the same lines, from the top; `names` give order and colours within a group.
+    """
+    groups = list(dict.fromkeys(group for _, content in panels for group in content))
+    columns, rows = _layout(len(panels))
+    step = 1 / (len(names) + 1.2)
+    height = max(1.6, 0.24 * (len(names) + 1.2) * len(groups)) + 0.5
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(3.2 * columns + 1.2, height * rows + 0.4), squeeze=False, layout="constrained"
+        )
+        for number, (axis, (title, content)) in enumerate(zip(axes.flat, panels, strict=False)):
+            for place, group in enumerate(groups):
+                if place:
+                    axis.axhline(place - 0.5, color="#dddddd", linewidth=0.8)
+                for name, (value, interval) in content.get(group, {}).items():
+                    colour, _, marker = _look(names, name)
+                    y = place + (names.index(name) - (len(names) - 1) / 2) * step
+                    if interval:
+                        axis.plot(interval, (y, y), color=colour, linewidth=1.5, solid_capstyle="butt")
+                    axis.plot(value, y, marker=marker, color=colour, markersize=5, markeredgewidth=0)
+            if axis.get_xlim()[0] < 0.5 < axis.get_xlim()[1]:
+                axis.axvline(0.5, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+            axis.set(title=title, ylim=(len(groups) - 0.5, -0.5))
+            axis.set_xlim(max(0.0, axis.get_xlim()[0]), min(1.0, axis.get_xlim()[1]))
+            axis.set_yticks(range(len(groups)), groups if number % columns == 0 else [""] * len(groups))
+            axis.tick_params(axis="y", length=0)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.grid(axis="x", color="#e6e6e6", linewidth=0.6)
+            axis.set_axisbelow(True)
+        _finish(figure, axes, len(panels), (label_x, ""), names, marked=True)
+        _save(figure, path)
+
+
+def _look(names: Sequence[str], name: str) -> tuple[str, Any, str]:
+    """Colour, dashes and marker of a name."""
+    index = names.index(name)
+    return COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)]
+
+
+def _grid(axis: Axes) -> None:
+    axis.grid(color="#e6e6e6", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def _finish(
+    figure: Figure,
+    axes: NDArray[Any],
+    panels: int,
+    labels: tuple[str, str],
+    names: Sequence[str],
+    *,
+    marked: bool = False,
+) -> None:
+    """Labels of the outer axes, a legend of the names if there are several, and no empty panels."""
+    columns = axes.shape[1]
+    for number, axis in enumerate(axes.flat):
+        if number >= panels:
+            axis.axis("off")
+        elif number + columns >= panels:
+            axis.set_xlabel(labels[0])
+    for row in axes:
+        row[0].set_ylabel(labels[1])
+    if len(names) > 1:
+        handles = []
+        for name in names:
+            colour, dash, marker = _look(names, name)
+            marks: Any = {"marker": marker, "markersize": 5, "markeredgewidth": 0} if marked else {}
+            handles.append(Line2D([], [], color=colour, linestyle=dash, linewidth=1.5, **marks))
+        figure.legend(
+            handles,
+            list(map(label, names)),
+            loc="outside lower center",
+            ncols=min(len(names), max(1, 2 * columns)),
+            frameon=False,
+        )
 
 
 def curves(
@@ -175,8 +285,7 @@ def curves(
                     axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
             axis.set(title=title, xlabel=labels[0])
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axis.grid(color="#e6e6e6", linewidth=0.6)
-            axis.set_axisbelow(True)
+            _grid(axis)
         for line in axes:
             line[0].set_ylabel(labels[1])
         for axis in axes.flat[len(panels) :]:
@@ -194,9 +303,9 @@ def curves(
         _save(figure, path)
 
 
-def _layout(panels: int) -> tuple[int, int]:
-    """Columns and rows of a grid of panels: at most three columns, and no more than its rows need."""
-    rows = -(-panels // 3)
+def _layout(panels: int, most: int = 3) -> tuple[int, int]:
+    """Columns and rows of a grid of panels: at most `most` columns, and no more than its rows need."""
+    rows = -(-panels // most)
     return -(-panels // rows), rows
 
 

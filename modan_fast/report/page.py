@@ -12,13 +12,19 @@ from typing import Any
 
 from modan_fast.config import ReportConfig
 from modan_fast.downstream import leaks
-from modan_fast.downstream.predictions import Predictions, read_finished
+from modan_fast.downstream.convergence import Convergence, read_convergence
+from modan_fast.downstream.predictions import read_finished
 from modan_fast.downstream.results import Results, own_file, own_folder
-from modan_fast.downstream.statistics import Row, comparisons, summaries
+from modan_fast.downstream.statistics import Row, SubgroupRow, comparisons, subgroup_rows, summaries
+from modan_fast.downstream.subgroups import read_images
 from modan_fast.folder import check_writable, write_text
 from modan_fast.report import paper, tables
 from modan_fast.report.formats import Table, shown, to_files, to_html
 from modan_fast.report.page_figures import (
+    plot_calibration,
+    plot_few_labels,
+    plot_forest,
+    plot_monitor,
     plot_pretraining_loss,
     plot_roc,
     plot_speed,
@@ -31,6 +37,8 @@ from shard_builder.settings import InputError, Progress, no_progress
 log = logging.getLogger(__name__)
 
 LOGGED = ("loss", "seconds", "views_per_second")
+MONITOR = "monitor/"  # before the names of the monitor's numbers in a log
+MOST_ROWS = 24  # of a table that is not folded
 NO_RUNS: dict[str, Any] = {"inits": {}, "tasks": {}, "settings": {}, "times": []}
 MARK = '<meta name="generator" content="modan-fast report">'
 PAGE = """<!doctype html>
@@ -77,76 +85,130 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
     logs = {name: lines for name, init in runs["inits"].items() if (lines := _log(init))}
     figures.mkdir(parents=True, exist_ok=True)
 
+    names = list(methods)  # an init has the same colour in all figures
+
     progress("report", 0, 4, "tables")
-    rows = summaries(predictions)
-    main, behind = _tables(predictions, rows, reference, methods)
+    images = read_images(results)
+    converged = read_convergence(results)
+    rows, groups = summaries(predictions, images), subgroup_rows(predictions, images)
+    compared = comparisons(predictions, reference, images)
+    whole = [row for row in rows if row.labels is None]
+    # The paper's tables, of tasks of two classes.
+    binary = [row for row in whole if row.protocol in paper.TABLES and len(row.class_aucs) < 2]
+    main = [
+        tables.paper_table(recipe, protocol, binary, compared, methods)
+        for recipe, protocol in sorted({(row.recipe, row.protocol) for row in binary})
+    ]
     times = tables.time_table(runs["times"], logs)
-    for table in (*main, *behind, times):
+    behind = [tables.summary_table(rows), tables.comparison_table(compared)]
+    few = [tables.few_label_table(rows)] if len(whole) < len(rows) else []
+    late = [tables.convergence_table(converged)] if converged else []
+    files_only = [tables.all_subgroups(groups)] if groups else []
+    of_tasks = {
+        key: _task_tables(*key, rows, groups, runs)
+        for key in dict.fromkeys((row.task, row.recipe) for row in whole)
+    }
+    for table in (
+        *main,
+        *behind,
+        *few,
+        *late,
+        *files_only,
+        times,
+        *(each for kept in of_tasks.values() for each in kept),
+    ):
         for name, text in to_files(table).items():
             write_text(out / "tables" / name, text)
 
-    progress("report", 1, 4, "ROC curves")
-    roc = plot_roc(figures, predictions)
+    progress("report", 1, 4, "curves")
+    forest = plot_forest(figures, rows, names)
+    roc, calibration = plot_roc(figures, predictions, names), plot_calibration(figures, predictions, names)
+    curves = plot_few_labels(figures, rows, names)
     progress("report", 2, 4, "learning curves")
     learning = plot_validation_loss(figures, results / "curves.csv") + plot_pretraining_loss(figures, logs)
+    learning += plot_monitor(figures, logs)
     speed = plot_speed(figures, logs)
     progress("report", 3, 4, "UMAP")
     umap = plot_umap(figures, runs, next(iter(predictions)).recipe, shards, config, progress)
     progress("report", 4, 4, "")
 
-    sections = {
-        "Results": "".join(map(to_html, main)) + _unfinished(unfinished) + _leaks(results),
-        "Statistics": "".join(map(to_html, behind)),
-        "ROC curves": roc,
-        "Pretraining images": umap,
-        "Learning curves": learning,
-        "Speed": to_html(times) + speed,
-        "Provenance": _provenance(runs),
-    }
-    repeats = max(row.repeats for row in rows)
+    of_task: dict[str, str] = {}
+    for (task, recipe), kept in of_tasks.items():
+        first, *rest = map(_folded, kept)
+        warning = tables.convergence_warning(task, recipe, converged)
+        figures_of = "".join(each.get((task, recipe), "") for each in (roc, calibration, curves))
+        text = first + (_note(warning) if warning else "") + figures_of + "".join(rest)
+        of_task[task] = of_task.get(task, "") + text
+    sections = [
+        ("results", "Results", _unfinished(unfinished) + _leaks(results) + _late(converged) + forest),
+        *(
+            (f"task-{number}", f"Task {task}", text)
+            for number, (task, text) in enumerate(of_task.items(), start=1)
+        ),
+        ("paper", "The paper's tables", "".join(map(to_html, main)) + (_late(converged) if main else "")),
+        ("statistics", "Statistics", "".join(map(_folded, [*behind, *few, *late]))),
+        ("umap", "Pretraining images", umap),
+        ("learning", "Learning curves", learning),
+        ("speed", "Speed", _folded(times) + speed),
+        ("provenance", "Provenance", _provenance(runs)),
+    ]
     version = (runs.get("versions") or {}).get("modan_fast", "")
     write_text(
         page,
         _html(
             f"Downstream results: {', '.join(dict.fromkeys(row.task for row in rows))}",
-            f"{len(methods)} inits, up to {repeats} {'repeat' if repeats == 1 else 'repeats'} of five folds, reference "
-            f"{reference}. From {results.name}/, evaluated with modan-fast {version}.",
+            f"{len(methods)} inits, {_counted(whole or rows)}, reference {reference}. From {results.name}/, evaluated "
+            f"with modan-fast {version}.",
             sections,
         ),
     )
     return page
 
 
-def _tables(
-    predictions: Predictions, rows: Sequence[Row], reference: str, methods: Mapping[str, str | None]
-) -> tuple[list[Table], list[Table]]:
-    """Tables 4 and 5 of each recipe, and the tables of statistics behind them."""
-    compared = comparisons(predictions, reference)
-    main = [
-        tables.paper_table(recipe, protocol, rows, compared, methods)
-        for recipe, protocol in sorted({(row.recipe, row.protocol) for row in rows})
-    ]
-    return main, [tables.summary_table(rows), tables.comparison_table(compared)]
+def _task_tables(
+    task: str, recipe: str, rows: Sequence[Row], groups: Sequence[SubgroupRow], runs: Mapping[str, Any]
+) -> list[Table]:
+    """The tables of a task under a recipe: metrics, then those of classes and subgroups, if it has any."""
+    classes = runs["tasks"].get(task, {}).get("classes") or ()
+    further = [tables.class_table(task, recipe, rows, classes), tables.subgroup_table(task, recipe, groups)]
+    return [tables.metric_table(task, recipe, rows), *(table for table in further if table.rows)]
 
 
-def _html(title: str, lead: str, sections: Mapping[str, str]) -> str:
-    """The page; empty sections are left out."""
-    filled = {name: content for name, content in sections.items() if content}
+def _counted(rows: Sequence[Row]) -> str:
+    """How many repeats of how many folds there are at most."""
+    repeats, folds = max(row.repeats for row in rows), max(row.folds for row in rows)
+    words = {1: "one fold", 5: "five folds"}
+    return f"up to {repeats} {'repeat' if repeats == 1 else 'repeats'} of {words.get(folds, f'{folds} folds')}"
+
+
+def _folded(table: Table) -> str:
+    """The table as HTML; a long one is folded away."""
+    if len(table.rows) <= MOST_ROWS:
+        return to_html(table)
+    return f"<details><summary>{shown(table.title)} ({len(table.rows)} lines)</summary>{to_html(table)}</details>"
+
+
+def _late(converged: Sequence[Convergence]) -> str:
+    """A note if probes did not converge."""
+    late = dict.fromkeys(row.task for row in converged if not row.converged)
+    if not late:
+        return ""
+    return _note(f"The probe did not converge on {', '.join(late)}: see the section of each task.")
+
+
+def _html(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """The page; `sections` are anchors, headings and contents, and empty ones are left out."""
+    filled = [(anchor, shown(name), content) for anchor, name, content in sections if content]
     return PAGE.format(
         mark=MARK,
         title=shown(title),
         lead=shown(lead),
         style=files("modan_fast.report").joinpath("page.css").read_text(encoding="utf-8"),
-        links="".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in filled),
+        links="".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in filled),
         sections="\n".join(
-            f'<section id="{_anchor(name)}"><h2>{name}</h2>\n{content}</section>'
-            for name, content in filled.items()
+            f'<section id="{anchor}"><h2>{name}</h2>\n{content}</section>' for anchor, name, content in filled
         ),
     )
-
-
-def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
 
 
 def _reference(asked: str | None, methods: Mapping[str, str | None]) -> str:
@@ -165,7 +227,7 @@ def _method(init: str, runs: Mapping[str, Any]) -> str | None:
 
 
 def _log(init: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The lines in the log of the run that an init comes from; none if the run is gone.
+    """The lines in the log of the run that an init comes from, with the monitor's numbers; none if the run is gone.
 
     Raises `InputError` for lines without the numbers of an epoch.
     """
@@ -175,7 +237,14 @@ def _log(init: Mapping[str, Any]) -> list[dict[str, float]]:
     log.info("reading %s, which runs.json names", path)
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [{name: float(line[name]) for name in LOGGED} for line in lines]
+        return [
+            {
+                **{name: float(line[name]) for name in LOGGED},
+                **{name: float(value) for name, value in line.items() if name.startswith(MONITOR)},
+                "epoch": float(line.get("epoch", number)),
+            }
+            for number, line in enumerate(lines, start=1)
+        ]
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError, OSError) as error:
         raise InputError(f"{path} is no readable log ({error}): restore it, or move it away") from error
 

@@ -30,7 +30,7 @@ MakeRun = Callable[..., Path]
 
 def settings(task: Path, **values: object) -> EvaluateConfig:
     small = {"repeats": 1, "epochs": 1, "batch_size": 16, "image_size": 32, "stem": "7x7", "device": "cpu"}
-    default = {"task": task, "init": ("scratch",), "out": task.parent / "results"}
+    default = {"task": task, "init": ("scratch",), "out": task.parent / "results", "protocol": ("finetune", "probe")}
     return evaluate_config({**default, **small, **values})
 
 
@@ -43,10 +43,13 @@ def test_a_separable_task_is_learnt_and_a_random_one_is_not(make_task: MakeTask,
     for separable, low, high in ((True, 0.95, 1.0), (False, 0.2, 0.8)):
         task = make_task(f"separable-{separable}", separable=separable)
         rates = {"lr": 1e-3, "probe_lr": 1e-2}
-        config = settings(task, init=(run,), out=task / "results", epochs=3, batch_size=8, **rates)
+        protocols = ("finetune", "probe", "logistic", "knn")
+        config = settings(
+            task, init=(run,), out=task / "results", protocol=protocols, epochs=3, batch_size=8, **rates
+        )
         evaluate(config)
         rows = auc_table(config.out)
-        assert [row.protocol for row in rows] == ["finetune", "probe"]
+        assert [row.protocol for row in rows] == [*protocols]
         for row in rows:
             assert row.mean is not None
             assert low <= row.mean <= high

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modan_fast.config import EvaluateConfig, Protocol
 from modan_fast.downstream.finetune import TaskNetwork, task_network, train
+from modan_fast.downstream.labels import cells_of
 from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task
 from modan_fast.encoders import Architecture, Encoder
 from modan_fast.recipes import evaluate_config
@@ -35,7 +36,8 @@ def encoder_state() -> dict[str, Tensor]:
 
 def run(task: Task, settings: EvaluateConfig, fold_run: FoldRun, network: TaskNetwork) -> Tensor:
     pixels = torch.from_numpy(decode(task, 32))
-    return train(network, encoder_state(), pixels, task, fold_run, settings, torch.float32)[0]
+    [cell] = cells_of(task, [fold_run], 0)
+    return train(network, encoder_state(), pixels, task, cell, settings, torch.float32)[0]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,8 @@ def test_the_paper_keeps_the_weights_of_the_lowest_validation_loss(task: Task) -
         seen.append(val_loss())
 
     start = encoder_state()
-    _, losses = train(tuned, start, pixels, task, FoldRun(1, 1), settings, torch.float32, look)
+    [cell] = cells_of(task, [FoldRun(1, 1)], 0)
+    _, losses = train(tuned, start, pixels, task, cell, settings, torch.float32, look)
     assert losses.tolist() == pytest.approx(seen, rel=1e-4)
     assert len(seen) == 4
     assert min(seen) < seen[-1], "the last epoch must not be the best for this test to say anything"

@@ -126,13 +126,14 @@ def test_a_missing_or_damaged_file_is_named_by_line(tmp_path: Path) -> None:
 def predictions_of(aucs: dict[str, list[float]], protocol: str = "probe") -> Predictions:
     """Two folds a repeat whose AUCs are those given; each must be a multiple of 1/20."""
 
-    def outcome(value: float) -> Outcome:
+    def outcome(value: float, fold: int) -> Outcome:
         beaten = round(20 * value)  # of 20 negatives, by the one positive
-        return Outcome(np.array([0] * 20 + [1]), np.array([*range(20), beaten - 0.5], np.float64))
+        images = tuple(f"{fold}-{image}.png" for image in range(21))
+        return Outcome(np.array([0] * 20 + [1]), np.array([*range(20), beaten - 0.5], np.float64), images)
 
     return {
         Experiment("nodule", init, "paper", protocol): {
-            FoldRun(repeat, fold): outcome(value)
+            FoldRun(repeat, fold): outcome(value, fold)
             for repeat, value in enumerate(values, start=1)
             for fold in (1, 2)
         }
@@ -194,7 +195,7 @@ def test_a_comparison_is_adjusted_for_those_of_its_task_recipe_and_protocol() ->
     both = {
         **predictions_of({"ours": won, "a": worse, "b": worse}),
         **predictions_of({"ours": won, "a": worse}, protocol="finetune"),
-        **predictions_of({"a": worse}, protocol="other"),
+        **predictions_of({"a": worse}, protocol="knn"),
     }
     probe_a, probe_b, finetune = comparisons(both, "ours")
     assert probe_a.holm_greater == pytest.approx(2 * 2**-10)

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from modan_fast.shards import open_shards
+from modan_fast.shards import ShardSet, open_shards
+from modan_fast.stream import Stream
 from shard_builder import inspect as inspecting
 from shard_builder import manifest as manifests
 from shard_builder.build import build
@@ -279,6 +281,36 @@ def test_any_index_but_the_written_one_is_damage_and_readers_stay_within_the_tar
     assert len(cases) >= 2000
     assert accepted > 0, "a quick reader looks at labels and targets alone"
     assert refused > 1000
+
+
+def test_no_index_leads_a_stream_to_anything_but_its_samples(whole, survives, tmp_path_factory):
+    files, name = whole["png"], "shard-000000.idx"
+    written = files[name]
+    lay(files, folder := tmp_path_factory.mktemp("right"))
+    (right,) = streamed(open_shards(folder))
+    cases = [*some(hostile_indices(written), 1100), *mutations(written, 950, seed=2)]
+    opened = open_shards(folder).manifest
+
+    def use(folder):
+        # Opened without a look at the index, as one that is exchanged afterwards.
+        (batch,) = streamed(ShardSet(str(folder), opened, ""))
+        for ours, theirs in (
+            (batch.pixels, right.pixels),
+            (batch.labels, right.labels),
+            (batch.targets, right.targets),
+        ):
+            assert torch.equal(ours, theirs)
+
+    accepted, refused = survives(cases, lambda case, folder: lay({**files, name: case}, folder), use)
+    print(f"accepted {accepted}, refused {refused}")
+    assert len(cases) >= 2000
+    assert accepted > 100, "a stream needs no more of an index than where the images are"
+    assert refused > 500
+
+
+def streamed(opened):
+    """The one batch of a set of four images, read by offsets."""
+    return list(Stream(opened, renderer="torch", batch_size=4, threads=1).fetch_first(4))
 
 
 def header(info, **changes):

@@ -7,6 +7,7 @@ import struct
 import tarfile
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from modan_fast.shards import ShardSet
@@ -106,8 +107,11 @@ def mutated(whole, rng):
     return bytes(content)
 
 
-def test_a_shard_gives_its_samples_or_one_line(survives, tmp_path_factory):
-    rng, whole = random.Random(0), whole_shard(tmp_path_factory.mktemp("whole"))
+@pytest.mark.parametrize("checksums", [False, True], ids=["by offset", "whole"])
+def test_a_shard_gives_its_samples_or_one_line(survives, tmp_path_factory, checksums):
+    folder = tmp_path_factory.mktemp("whole")
+    rng, whole = random.Random(0), whole_shard(folder)
+    index = (folder / "shard-000000.idx").read_bytes()
     cases = [
         whole,
         b"",
@@ -120,12 +124,14 @@ def test_a_shard_gives_its_samples_or_one_line(survives, tmp_path_factory):
 
     def write(content, folder):
         (folder / "shard-000000.tar").write_bytes(content)
+        (folder / "shard-000000.idx").write_bytes(index)
 
     def use(folder):
         content = (folder / "shard-000000.tar").read_bytes()
         shard = Shard("shard-000000.tar", COUNT, len(content), hashlib.sha256(content).hexdigest())
         manifest = Manifest(COUNT, SIZE, "png", {"f": ["a", "b"]}, ["a", "b"], [shard], [], {})
-        stream = Stream(ShardSet(str(folder), manifest, ""), renderer="torch", batch_size=COUNT, threads=1)
+        opened = ShardSet(str(folder), manifest, "")
+        stream = Stream(opened, renderer="torch", batch_size=COUNT, threads=1, whole=checksums)
         (batch,) = stream.fetch_first(COUNT)
         assert batch.pixels.shape == (COUNT, SIZE, SIZE)
         assert batch.labels.shape == (COUNT, 2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import random
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modan_fast.downstream import folds
+from modan_fast.downstream import listing
 from modan_fast.downstream.tasks import decode, read_task
 from shard_builder.settings import InputError
 
@@ -150,6 +153,220 @@ def test_no_fold_file_does_harm(survives) -> None:
     assert refused > 1000
 
 
+COLUMNS = "path,edema,mass,split,site,patient"
+CHOICES = [
+    *({"group": "patient"}, {"subgroup": ["site"]}, {"leave_out": "site"}, {"columns": ["mass"]}),
+    *({"words": "positive=1,negative=0"}, {"columns": ["mass", "edema"]}),
+]
+
+
+def table_lines() -> list[list[str]]:
+    splits = ("train", "train", "train", "val", "test")
+    return [
+        [name, str(index % 2), str(index // 2 % 2), splits[index // 2], f"s{index % 2}", f"p{index}"]
+        for index, name in enumerate(NAMES)
+    ]
+
+
+def tables() -> list[bytes]:
+    whole = as_csv(COLUMNS, table_lines())
+    without = as_csv("path,edema,mass,dev,site,patient", table_lines())
+    cases = [b"", b"\0" * 100, b"\xef\xbb\xbf" + whole, whole.decode().encode("utf-16"), whole * 2, b"\n" * 1000]
+    cases += [whole, without, b"a," * 200_000, b'"' + b"a" * 200_000, as_csv(COLUMNS, []), COLUMNS.encode()]
+    # As many columns of labels, of folds, and of values of each column, as a table can hold.
+    cases.append(
+        as_csv(",".join(["path", *map(str, range(2000))]), [[name] + ["0", "1"] * 1000 for name in NAMES])
+    )
+    cases += [as_csv("path,label,fold", [[name, "01"[n % 2], str(n)] for n, name in enumerate(NAMES)])]
+    for value in [*VALUES, "fold", "label", "split", "-1", "2", "2" * 30]:
+        for quoted in (False, True):
+            for column in range(6):
+                changed = table_lines()
+                changed[3][column] = value
+                cases.append(as_csv(COLUMNS, changed, quoted))
+            for column in range(6):
+                names = COLUMNS.split(",")
+                names[column] = value
+                cases.append(as_csv(",".join(names), table_lines(), quoted))
+            cases.append(as_csv(f"path,label,{value}", [[*row[:2], value] for row in table_lines()], quoted))
+            cases.append(
+                as_csv("path,label", [[name, f"{value}{n % 4}"] for n, name in enumerate(NAMES)], quoted)
+            )
+            cases.append(as_csv("path,label,fold", [[*row[:2], value] for row in table_lines()], quoted))
+    chance = random.Random(1)
+    return cases + [mutated(chance.choice([whole, without]), chance) for _ in range(1100)]
+
+
+def test_no_table_of_a_task_does_harm(survives) -> None:
+    cases = list(enumerate(tables()))
+    assert len(cases) >= 2000
+
+    def write(case: tuple[int, bytes], folder: Path) -> None:
+        if not (folder / "task").exists():
+            write_task(folder)
+        (folder / "task" / "table.csv").unlink(missing_ok=True)  # to cut a file short takes longer than a new one
+        (folder / "task" / "table.csv").write_bytes(case[1])
+
+    chosen = itertools.cycle(CHOICES)
+
+    def use(folder: Path) -> None:
+        read_task(folder / "task" / "table.csv", **next(chosen))
+
+    accepted, refused = survives(cases, write, use)
+    print(f"tables: {accepted} accepted, {refused} refused")
+    assert accepted > 50
+    assert refused > 1000
+
+
+def arrays() -> dict[str, np.ndarray]:
+    chance = np.random.default_rng(0)
+    content = {}
+    for split, count in (("train", 12), ("val", 4), ("test", 4)):
+        content[f"{split}_images"] = chance.integers(0, 256, (count, 4, 4), dtype=np.uint8)
+        content[f"{split}_labels"] = (np.arange(count) % 2).reshape(-1, 1).astype(np.uint8)
+    return content
+
+
+def npy(content: object, version: tuple[int, int] = (1, 0), header: bytes | None = None) -> bytes:
+    """An array as numpy writes it; or with another text as its header."""
+    file = io.BytesIO()
+    if header is None:
+        np.lib.format.write_array(file, np.asarray(content), version, allow_pickle=True)
+        return file.getvalue()
+    size = len(header).to_bytes(2 if version == (1, 0) else 4, "little")
+    return b"\x93NUMPY" + bytes(version) + size + header + np.asarray(content).tobytes()
+
+
+def npz(members: dict[str, bytes], kind: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", kind) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def npz_files() -> list[bytes]:
+    whole = {name: npy(array) for name, array in arrays().items()}
+    stored, deflated = npz(whole), npz(whole, zipfile.ZIP_DEFLATED)
+    cases = [
+        b"",
+        b"PK",
+        stored,
+        deflated,
+        npz(whole, zipfile.ZIP_BZIP2),
+        npz(whole, zipfile.ZIP_LZMA),
+        stored * 2,
+    ]
+    cases += [
+        b"x" * 1000 + stored,
+        npz({}),
+        npz(dict(reversed(whole.items()))),
+        stored[:-1],
+        b"PK\5\6" + bytes(18),
+    ]
+    other = [np.float32(0), np.int64(3), b"text", "text", object(), True, 1j, np.datetime64("2020-01-01"), np.nan]
+    shapes = [
+        (),
+        (0,),
+        (12,),
+        (12, 0),
+        (1, 12),
+        (12, 1),
+        (12, 4),
+        (12, 4, 4),
+        (12, 4, 4, 1),
+        (12, 4, 4, 3),
+        (12, 4, 4, 4),
+    ]
+    shapes += [
+        (11, 4, 4),
+        (13, 4, 4),
+        (12, 2),
+        (12, 3),
+        (12, 1, 1),
+        (1,) * 9,
+        (3, 4, 4),
+        (12, 9000, 1),
+        (12, 2000),
+    ]
+    texts = ["", "{}", "None", "1", "'x'", "[]", "(" * 5000, "{" * 5000, "'" * 3, "{'descr': '|u1'}", "\0", "\n"]
+    texts += ["__import__('os').system('touch x')", "lambda: 0", "-" * 9000 + "1", "{'descr': '|u1', " * 900]
+    fields = {
+        "descr": [
+            "'|O'",
+            "'|u1'",
+            "'<U9999999'",
+            "'|V0'",
+            "[('a', '|u1')]",
+            "('|u1', (3,))",
+            "'<f8'",
+            "None",
+            "'x'",
+            "1",
+        ],
+        "fortran_order": ["True", "False", "None", "1", "'x'", "[]"],
+        "shape": [
+            "(12, 4, 4)",
+            "(2**63,)",
+            f"({10**400},)",
+            "(-12, 4, 4)",
+            "(12.0, 4, 4)",
+            "None",
+            "12",
+            "(True, 4, 4)",
+        ],
+    }
+    fields["shape"] += [
+        "(10**6, 8000, 8000)",
+        "(1000000, 8000, 8000)",
+        "('12', 4, 4)",
+        "((12,), 4)",
+        "(nan,)",
+        "(0, 4, 4)",
+    ]
+    valid = {"descr": "'|u1'", "fortran_order": "False", "shape": "(12, 4, 4)"}
+    headers = [text.encode() for text in texts]
+    for key, values in fields.items():
+        headers += [
+            repr({**valid, key: 0}).replace(f"'{key}': 0", f"'{key}': {value}").encode() for value in values
+        ]
+    headers += [repr({**valid, "more": 1}).encode(), b"\xff\xfe\xfd", b"\x1b[31m", "\u202e".encode()]
+    for name, array in arrays().items():
+        cases.append(npz({each: content for each, content in whole.items() if each != name}))
+        for version in ((1, 0), (2, 0), (3, 0), (9, 9)):
+            for header in headers:
+                cases.append(npz({**whole, name: npy(array, version, header)}))
+        for value in other:
+            cases.append(npz({**whole, name: npy(value)}))
+            cases.append(npz({**whole, name: npy(np.full(array.shape, value))}))
+        for shape in shapes:
+            for kind in (np.uint8, np.int64, np.bool_):
+                cases.append(npz({**whole, name: npy(np.zeros(shape, kind))}, zipfile.ZIP_DEFLATED))
+        cases.append(npz({**whole, name: b"PK" * 9}))
+        cases.append(npz({**whole, name: whole[name] + b"\0"}))
+    # A megabyte of zeros in a kilobyte, and a count that a label cannot hold.
+    cases.append(npz({**whole, "train_images": npy(np.zeros((12, 300, 300), np.uint8))}, zipfile.ZIP_DEFLATED))
+    chance = random.Random(2)
+    return cases + [mutated(chance.choice([stored, deflated]), chance) for _ in range(1200)]
+
+
+def test_no_file_of_arrays_does_harm(survives) -> None:
+    cases = list(enumerate(npz_files()))
+    assert len(cases) >= 2000
+
+    def write(case: tuple[int, bytes], folder: Path) -> None:
+        (folder / "task.npz").unlink(missing_ok=True)
+        (folder / "task.npz").write_bytes(case[1])
+
+    def use(folder: Path) -> None:
+        decode(read_task(folder / "task.npz"), 32)
+
+    accepted, refused = survives(cases, write, use)
+    print(f"files of arrays: {accepted} accepted, {refused} refused")
+    assert accepted > 20
+    assert refused > 1000
+
+
 @pytest.mark.parametrize("name", ["fifo.png", "zero.png", "loop.png", "folder.png"])
 def test_what_is_no_regular_file_is_no_image(tmp_path: Path, name: str) -> None:
     task = write_task(tmp_path)
@@ -254,7 +471,7 @@ def test_an_expression_that_never_ends_is_refused(tmp_path: Path, monkeypatch: p
     (task / NAMES[3]).rename(task / name)
     for path in (task / "dataframe").iterdir():
         path.write_text(path.read_text().replace(NAMES[3], name))
-    monkeypatch.setattr(folds, "SEARCH_SECONDS", 1)
+    monkeypatch.setattr(listing, "SEARCH_SECONDS", 1)
     with pytest.raises(InputError, match=r"`group=\(a\+\)\+\$` takes over 1 seconds to search 10 paths"):
         read_task(task, group="(a+)+$")
 

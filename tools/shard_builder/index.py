@@ -7,10 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shard_builder.files import read_regular
 
 MAX_BYTES = 2**28  # of an index: over a million samples
 MAX_LINE = 1000  # characters; four members take about 150
+MAX_DIGITS = 18  # of an offset or size, so that a sum of them fits into 64 bits
 
 
 class Member(NamedTuple):
@@ -41,6 +45,24 @@ def parse_index(text: str) -> Iterator[list[Member]]:
     count = text.count("\n") - 1
     _check_head(text, count, f"followed by {max(count, 0)} lines")
     return _samples(text)
+
+
+def first_places(text: str, samples: int) -> NDArray[np.int64]:
+    """Offset and size (samples, 2) of each sample's first member, which is the image, from an index's text.
+
+    As much as a stream needs, in a tenth of the time of `parse_index`. Raises `ValueError` if the index is malformed.
+    """
+    count = text.count("\n") - 1
+    _check_head(text, samples, f"followed by {max(count, 0)} lines, not {samples} samples")
+    if len(text) > (samples + 1) * MAX_LINE or count != samples or text.count(" ") != 15 * samples + 1:
+        raise ValueError(f"it has {count} lines, not {samples} samples of four members")
+    # All words in one list: many small lists would wake the garbage collector.
+    words = text[text.index("\n") + 1 : -1].replace("\n", " ").split(" ")
+    numbers = words[1::16] + words[2::16]
+    together = "".join(numbers)
+    if "" in numbers or max(map(len, numbers)) > MAX_DIGITS or not (together.isascii() and together.isdigit()):
+        raise ValueError("an offset or size is no number, or a line has not four members")
+    return np.array(list(map(int, numbers)), np.int64).reshape(2, samples).T
 
 
 def check_index(text: str, samples: int, size: int) -> None:
@@ -80,6 +102,8 @@ def parse_line(line: str) -> list[Member]:
     if len(words) % 4:
         raise ValueError(f"a line has {len(words)} words, not four for each member")
     fours = list(zip(*[iter(words)] * 4, strict=True))
-    if bad := [word for four in fours for word in four[1:3] if not re.fullmatch("[0-9]{1,18}", word)]:
+    if bad := [
+        word for four in fours for word in four[1:3] if not re.fullmatch(f"[0-9]{{1,{MAX_DIGITS}}}", word)
+    ]:
         raise ValueError(f"an offset or size is {bad[0][:40]!r}")
     return [Member(extension, int(offset), int(size), name) for extension, offset, size, name in fours]

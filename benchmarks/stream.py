@@ -1,0 +1,220 @@
+"""How fast is a set streamed: samples read by their offsets, beside whole shards that are hashed and parsed?
+
+The old way, whole shards through a window, is what a set behind a URL still needs. Both give the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from common.images import shard_set, stored_samples
+from common.measuring import in_turn, options, positive, publish
+
+from modan_fast.augment import sample_order
+from modan_fast.config import Augmentation
+from modan_fast.devices import peak_memory, pick_device
+from modan_fast.loader import Loader
+from modan_fast.render import Rendering, open_renderer
+from modan_fast.shards import ShardSet, open_shards
+from modan_fast.stream import Ids, Stream
+from shard_builder.manifest import EXTENSIONS, Manifest
+from shard_builder.settings import usable_cores
+from shard_builder.writer import Sample, write_shard
+
+WINDOW = 2**14  # the default of `shuffle_window`
+LARGER = 8
+
+
+def repeated(shards: ShardSet, folder: Path, samples: int, per_shard: int) -> ShardSet:
+    """A set of this many samples: those of `shards` again and again."""
+    folder.mkdir()
+    manifest, written = shards.manifest, []
+    several = [
+        Sample(each.image, np.frombuffer(each.labels, np.uint8), int.from_bytes(each.target, "little"), {})
+        for each in stored_samples(shards, manifest.samples)
+    ]
+    endless = cycle(several)
+    for first in range(0, samples, per_shard):
+        tar = folder / f"shard-{len(written):06}.tar"
+        some = islice(endless, min(per_shard, samples - first))
+        written.append(write_shard(tar, some, first=first, extension=EXTENSIONS[manifest.codec]))
+    Manifest(
+        samples, manifest.size, manifest.codec, manifest.fields, manifest.classes, written, [], manifest.options
+    ).save(folder)
+    return open_shards(folder)
+
+
+def stream_of(shards: ShardSet, batch_size: int, *, whole: bool) -> Stream:
+    """The set as a stream, by offsets or, as a set behind a URL, in whole shards."""
+    return Stream(shards, renderer="auto", batch_size=batch_size, threads=usable_cores(), whole=whole)
+
+
+def batches_of(shards: ShardSet, batch_size: int, epoch: int) -> list[Ids]:
+    """The sample ids of an epoch's batches."""
+    order = sample_order(0, epoch, shards.counts, WINDOW)
+    return np.split(order, range(batch_size, len(order), batch_size))
+
+
+def samples_per_second(shards: ShardSet, batch_size: int, *, whole: bool) -> list[float]:
+    """Reading and checking alone, of one epoch; the index is read anew."""
+    stream = stream_of(shards, batch_size, whole=whole)
+    begun = time.perf_counter()
+    samples = sum(len(batch.ids) for batch in stream.read(batches_of(shards, batch_size, epoch=0)))
+    return [samples / (time.perf_counter() - begun)]
+
+
+def images_per_second(
+    shards: ShardSet, batch_size: int, device: torch.device, seconds: float, *, whole: bool
+) -> list[float]:
+    """Batches of two views from the loader, after two batches that are not timed."""
+    stream, size = stream_of(shards, batch_size, whole=whole), shards.manifest.size
+    rendering = Rendering(
+        canvas=size,
+        size=size,
+        batch_size=2 * batch_size,
+        device=device,
+        dtype=torch.float32,
+        threads=usable_cores(),
+    )
+    renderer = open_renderer("auto", rendering)
+    loader = Loader(stream, renderer, Augmentation(), batch_size=batch_size, drop_last=True)
+    batches = loader.endless()
+    for _ in range(2):
+        next(batches)
+    begun, images = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        images += len(next(batches).ids)
+    taken = time.perf_counter() - begun
+    batches.close()
+    return [images / taken]
+
+
+def peak(location: Path, batch_size: int, *, whole: bool) -> float:
+    """Peak memory in MiB of a process that streams two epochs of a set."""
+    words = [sys.executable, __file__, "--peak-of", str(location), "--batch-size", str(batch_size)]
+    ended = subprocess.run([*words, *["--whole"] * whole], check=True, capture_output=True, text=True)
+    return 1024 * float(ended.stdout)
+
+
+def print_peak(arguments: argparse.Namespace) -> None:
+    """What `peak` starts."""
+    shards = open_shards(arguments.peak_of)
+    stream = stream_of(shards, arguments.batch_size, whole=arguments.whole)
+    for epoch in range(2):
+        for _ in stream.fetch(batches_of(shards, arguments.batch_size, epoch)):
+            pass
+    print(peak_memory(torch.device("cpu"))["peak_host_gib"])
+
+
+def shares_read(shards: ShardSet, batch_size: int, ranks: int) -> list[int]:
+    """The bytes that each of some ranks reads of the tars in an epoch."""
+    read: list[int] = []
+    reading = os.preadv
+
+    def counting(*arguments: object) -> int:
+        count = reading(*arguments)  # type: ignore[arg-type]
+        read[-1] += count
+        return count
+
+    with mock.patch("os.preadv", counting):
+        for rank in range(ranks):
+            read.append(0)
+            ids = [each[rank::ranks] for each in batches_of(shards, batch_size, epoch=0)]
+            for _ in stream_of(shards, batch_size, whole=False).read(ids):
+                pass
+    return read
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--samples", type=positive, default=8_000, help="samples of the set")
+    parser.add_argument("--per-shard", type=positive, default=1000, help="samples of a shard")
+    parser.add_argument("--size", type=positive, default=64, help="side of images and views in pixels")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images in a batch")
+    parser.add_argument("--seconds", type=float, default=5, help="least time of each timing of the loader")
+    parser.add_argument("--peak-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_of:
+        print_peak(arguments)
+        return
+    device, batch_size = pick_device(arguments.device), arguments.batch_size
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        few = shard_set(None, scratch, count=512, size=arguments.size)
+        shards = repeated(few, scratch / "set", arguments.samples, arguments.per_shard)
+        larger = repeated(few, scratch / "larger", LARGER * arguments.samples, arguments.per_shard)
+        for ours, theirs in zip(
+            *(
+                stream_of(shards, batch_size, whole=whole).fetch(batches_of(shards, batch_size, 0))
+                for whole in (0, 1)
+            ),
+            strict=True,
+        ):
+            assert torch.equal(ours.pixels, theirs.pixels)  # type: ignore[arg-type]
+            assert torch.equal(ours.labels, theirs.labels)
+            assert torch.equal(ours.targets, theirs.targets)
+        ways = {"whole shards": True, "by offset": False}
+        reading = {
+            f"reading, {way}": partial(samples_per_second, shards, batch_size, whole=whole)
+            for way, whole in ways.items()
+        }
+        loading = {
+            f"loader, {way}": partial(
+                images_per_second, shards, batch_size, device, arguments.seconds, whole=whole
+            )
+            for way, whole in ways.items()
+        }
+        measured = in_turn(reading | loading, arguments.rounds, "samples/s")
+        peaks = {
+            way: [peak(Path(each.location), batch_size, whole=whole) for each in (shards, larger)]
+            for way, whole in ways.items()
+        }
+        begun = time.perf_counter()
+        opened = open_shards(larger.location)
+        opening = time.perf_counter() - begun
+        begun = time.perf_counter()
+        for shard in range(len(opened.counts)):
+            opened.places(shard)
+        indexing = time.perf_counter() - begun
+        alone = shares_read(shards, batch_size, 1)
+        two = shares_read(shards, batch_size, 2)
+        size = sum(shard.bytes for shard in shards.manifest.shards)
+    publish(
+        "stream",
+        measured,
+        unit="samples/s",
+        ratios=[(f"{what}, by offset", f"{what}, whole shards") for what in ("reading", "loader")],
+        notes=[
+            f"{arguments.samples:,} grey PNG images of {arguments.size} px, {size / arguments.samples / 1000:.1f} kB a "
+            f"sample in the tar, in the page cache; batches of {batch_size}; the loader makes two views of each image. "
+            "Both ways give the same batches.",
+            *(
+                f"Peak memory, {way}: {small:.0f} MiB, and {large:.0f} MiB with a set {LARGER} times as large."
+                for way, (small, large) in peaks.items()
+            ),
+            f"Bytes read in an epoch: {alone[0]:,} by one rank; {two[0]:,} and {two[1]:,} by two, which is "
+            f"{sum(two) / alone[0]:.3f} times as many; the tars have {size:,}.",
+            f"Opening {LARGER * arguments.samples:,} samples: {opening:.2f} s; parsing all their indices, which happens "
+            f"in the first epoch, shard by shard: {indexing:.2f} s.",
+        ],
+        arguments=argparse.Namespace(
+            **{key: value for key, value in vars(arguments).items() if key not in ("peak_of", "whole")}
+        ),
+        device=device,
+    )
+
+
+if __name__ == "__main__":
+    main()
