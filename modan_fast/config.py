@@ -304,9 +304,14 @@ class EvaluateConfig:
     group: str | None = option(
         None, "Patient of an image: a column of the fold files, or a regular expression for its path."
     )
-    positive: str | None = option(None, "Positive one of two class folders; malignant, yes, 1 or the second.")
+    positive: str | None = option(
+        None,
+        "Positive class: one of the class folders, or a word of a CSV file; malignant, yes, 1 or the second folder.",
+    )
     words: str | None = option(
-        None, "What words of a label column mean, as positive=p|NCP,negative=n; the published tasks' are known."
+        None,
+        "What words of labels mean, as positive=p|NCP,negative=n, or classes in order, as a,b,c; the published tasks' "
+        "words are known.",
     )
     columns: tuple[str, ...] = option(
         (), "Label columns of a CSV file, each 0 or 1; by default all that hold only these. Repeatable."

@@ -43,13 +43,25 @@ class Batch:
     counts: tuple[int, ...] = ()
 
 
+ONE_IN, LEAST, MOST = 50, 64, 2000  # images that are held out for the monitor
+
+
+def held_out(samples: int) -> int:
+    """How many images of a set are the monitor's: those with the smallest ids, a random part, as sets are shuffled.
+
+    One in `ONE_IN`, at most `MOST`; in small sets up to `LEAST`, but no more than a quarter.
+    """
+    return max(2, min(MOST, max(samples // ONE_IN, min(LEAST, samples // 4))))
+
+
 class Loader:
     """The batches of any epoch, each a pure function of (seed, epoch, step).
 
     Iterating over it gives the batches of the next epoch, from epoch 0 on; `len` is the number of batches in one.
     Every sample comes exactly once an epoch; `drop_last` leaves out a last batch that is not full. `batch_size` counts
     the images of a step on all ranks together; each rank gets every `world_size`-th of them, so that a rank may have
-    none in a last batch that is smaller than the number of ranks.
+    none in a last batch that is smaller than the number of ranks. The `held_out` samples with the smallest ids are left
+    out; the others keep their order.
     """
 
     def __init__(
@@ -65,16 +77,23 @@ class Loader:
         window: int = 2**14,
         rank: int = 0,
         world_size: int = 1,
+        held_out: int = 0,
         rendering: Rendering | None = None,
     ) -> None:
         """`rendering` says what views are where a rank has none to render."""
         self.store, self.renderer, self.augmentation = store, renderer, augmentation
         self.batch_size, self.seed, self.drop_last, self.views = batch_size, seed, drop_last, views
         self.window, self.rank, self.world_size, self.rendering = window, rank, world_size, rendering
+        self.held_out = held_out
         self._epochs = itertools.count()
 
+    @property
+    def samples(self) -> int:
+        """The number of samples in an epoch, on all ranks together."""
+        return sum(self.store.counts) - self.held_out
+
     def __len__(self) -> int:
-        full, rest = divmod(sum(self.store.counts), self.batch_size)
+        full, rest = divmod(self.samples, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -83,6 +102,7 @@ class Loader:
     def id_batches(self, epoch: int, start: int = 0) -> list[Ids]:
         """The sample ids of this rank's batches of an epoch, from step `start` on."""
         order = sample_order(self.seed, epoch, self.store.counts, self.window)
+        order = order[order >= self.held_out]
         return [
             order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
             for step in range(start, len(self))
@@ -90,7 +110,7 @@ class Loader:
 
     def counts(self, step: int) -> tuple[int, ...]:
         """The number of images that each rank has in a step of an epoch."""
-        images = min(self.batch_size, sum(self.store.counts) - step * self.batch_size)
+        images = min(self.batch_size, self.samples - step * self.batch_size)
         return tuple(len(range(rank, images, self.world_size)) for rank in range(self.world_size))
 
     def parameters(self, epoch: int, ids: Ids) -> ViewParameters:
@@ -155,6 +175,7 @@ def open_loader(
     rank: int | None = None,
     world_size: int | None = None,
     ranks: Ranks = ONE,
+    hold_out: bool = False,
     progress: Progress = no_progress,
 ) -> Loader:
     """A loader for the shard set in a folder or behind a URL: `for batch in open_loader("shards")`.
@@ -164,17 +185,19 @@ def open_loader(
     into memory first, if it fits there. In a distributed program of your own, pass `rank` and `world_size`: each
     process then keeps a set of its own in memory. `ranks` are those of `modan-fast pretrain`, which share one a
     machine; all of them must call this function together. `threads` are by default a rank's share of the cores.
+    `hold_out` leaves out the images that the monitor of a run looks at.
 
     Raises `InputError` if the set is missing, damaged, smaller than a batch, or too large for the `store` asked for.
     """
     opened = shards if isinstance(shards, ShardSet) else open_shards(shards)
-    samples = opened.manifest.samples
+    left_out = held_out(opened.manifest.samples) if hold_out else 0
+    samples = opened.manifest.samples - left_out
     if batch_size is None:
         batch_size = min(256, samples)
     if samples < batch_size:
         raise InputError(
-            f"`batch_size={batch_size}` is more than the {samples} images in {opened.shown_location}: choose a smaller "
-            "one"
+            f"`batch_size={batch_size}` is more than the {samples} images in {opened.shown_location}"
+            f"{' that are not held out' if left_out else ''}: choose a smaller one"
         )
     where = device if isinstance(device, torch.device) else pick_device(device)
     threads = threads or ranks.cores
@@ -208,6 +231,7 @@ def open_loader(
         window=shuffle_window,
         rank=ranks.rank if rank is None else rank,
         world_size=ranks.size if world_size is None else world_size,
+        held_out=left_out,
         rendering=rendering,
     )
 
@@ -236,5 +260,6 @@ def loader_of(
         shuffle_window=config.shuffle_window,
         threads=config.threads,
         ranks=ranks,
+        hold_out=config.monitor_held_out,
         progress=progress,
     )

@@ -20,13 +20,14 @@ import torch
 
 from modan_fast.config import LoggerName, PretrainConfig, to_json
 from modan_fast.remote import shown_location
+from modan_fast.run import EVENTS
 from shard_builder.atomic import naming
 from shard_builder.settings import InputError
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0  # seconds between two looks at the loss: reading it makes the host wait for the device
-TENSORBOARD = "tensorboard"  # folder of a run for its events
+
 LONGEST_PARAMETER = 500  # characters of a setting that every MLflow takes
 
 Item = TypeVar("Item")
@@ -59,7 +60,7 @@ class TensorBoardLogger:
 
     def __init__(self, config: PretrainConfig, epoch: int) -> None:
         """The run continues after `epoch` epochs; what earlier processes wrote of later ones is hidden."""
-        folder = config.run / TENSORBOARD
+        folder = config.run / EVENTS
         if folder.is_symlink():  # it may lead anywhere
             folder.unlink()
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from modan_fast.augment import ViewParameters, view_parameters
 from modan_fast.config import PretrainConfig
 from modan_fast.devices import compute_type
+from modan_fast.loader import held_out
 from modan_fast.render import render_view
 from modan_fast.shards import ShardSet
 from modan_fast.stream import Stream
@@ -28,8 +29,6 @@ from shard_builder.settings import usable_cores
 
 log = logging.getLogger(__name__)
 
-VIEWS = "views.png"  # in a run folder
-ONE_IN, LEAST, MOST = 50, 64, 2000  # images that are held out
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO has them
 AT_A_TIME = 64  # images; a training step holds more, and keeps its activations
 LEVEL = 0.01  # a dimension that varies less than this, relative to the root mean square of all, has collapsed
@@ -37,14 +36,6 @@ LEVEL = 0.01  # a dimension that varies less than this, relative to the root mea
 # statistics of batch-norm have seen few steps. Ranks of fewer images are not judged.
 COLLAPSED_RANK, LEAST_JUDGED = 1.3, 16
 SHOWN, LARGEST_SHOWN = 8, 256  # images in the picture of views; largest side of one in pixels
-
-
-def held_out(samples: int) -> int:
-    """How many images of a set are the monitor's: those with the smallest ids, a random part, as sets are shuffled.
-
-    One in `ONE_IN`, at most `MOST`; in small sets up to `LEAST`, but no more than a quarter.
-    """
-    return max(2, min(MOST, max(samples // ONE_IN, min(LEAST, samples // 4))))
 
 
 class Monitor:

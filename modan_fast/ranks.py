@@ -54,7 +54,7 @@ class Ranks:
     """The ranks of a run, and which of them this process is.
 
     `rank` counts from 0 to `size` - 1 over all machines, `local_rank` to `local_size` - 1 on this one. `restarts`
-    counts how often torchrun has started them anew. `control` is the group for what ranks tell one another on CPUs
+    is above 0 if torchrun has started them anew. `control` is the group for what ranks tell one another on CPUs
     (gloo); None for one rank.
     """
 
@@ -217,9 +217,10 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     else:
         # torchrun leaves a process one thread if nobody says otherwise.
         torch.set_num_threads(max(1, usable_cores() // local_size))
-    begun_here = not dist.is_initialized()
+    begun_here, attempts = not dist.is_initialized(), 1
     if begun_here:
         found = next(iter(dist.rendezvous("env://")))[0]
+        attempts = found.add("modan-fast/attempts", 1) if rank == 0 else 1
         dist.init_process_group(
             "nccl" if gpus else "gloo",
             store=part_of_store(found, rank, size),
@@ -230,8 +231,9 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     try:
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
         ranks = Ranks(rank, size, local_rank, local_size, 0, control)
-        # torchrun counts on each machine; one that came later has counted fewer.
-        (restarts,) = ranks.highest([int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)])
+        # torchrun counts failures on each machine: fewer on one that came later, and none where machines come and go.
+        counted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+        (restarts,) = ranks.highest([max(counted, attempts - 1)])
         yield replace(ranks, restarts=int(restarts))
     finally:
         if begun_here:

@@ -30,6 +30,8 @@ from shard_builder.settings import InputError
 log = logging.getLogger(__name__)
 
 CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.pt"
+VIEWS = "views.png"  # some images beside their two views
+EVENTS = "tensorboard"
 
 
 def nothing_to_do(config: PretrainConfig, shards: ShardSet, *, resume: bool, overwrite: bool) -> bool:
@@ -129,9 +131,11 @@ def begin(
     run = config.run
     run.mkdir(parents=True, exist_ok=True)
     lines = (run / LOG).read_bytes().splitlines(keepends=True) if (run / LOG).is_file() else []
-    outdated = [run / CHECKPOINT, *run.glob("encoder*.safetensors")] if resumed_at is None else []
+    outdated = [run / CHECKPOINT, run / VIEWS, *run.glob("encoder*.safetensors")] if resumed_at is None else []
+    if resumed_at is None and not (run / EVENTS).is_symlink():  # which may lead anywhere
+        outdated += (run / EVENTS).glob("events.out.tfevents.*")
     unfinished = [
-        half for name in (CONFIG, LOG, CHECKPOINT, "encoder*.safetensors") for half in _halves(run, name)
+        half for name in (CONFIG, LOG, CHECKPOINT, VIEWS, "encoder*.safetensors") for half in _halves(run, name)
     ]
     for path in (*outdated, *unfinished):
         path.unlink(missing_ok=True)

@@ -231,7 +231,7 @@ class Stream:
                 f"{self.shards.shown_location} has shards of {largest / 2**30:.1f} GiB, two of which do not "
                 f"fit into the {free / 2**30:.1f} GiB of free memory: shard with smaller `samples_per_shard`"
             )
-        flying = max(1, min(IN_FLIGHT, free // 2 // largest - 1))
+        flying = max(1, min(IN_FLIGHT, free // 2 // max(1, largest) - 1))
         with ThreadPoolExecutor(flying, thread_name_prefix="shard") as reader:
             ahead: deque[Future[bytes]] = deque()
             try:

@@ -25,7 +25,8 @@ from modan_fast.devices import (
 from modan_fast.encoders import preprocessing
 from modan_fast.folder import check_writable, locked
 from modan_fast.loader import Batch, Loader, loader_of
-from modan_fast.metrics import JsonlLogger, Logger, as_text
+from modan_fast.metrics import JsonlLogger, Logger, as_text, check_loggers, library_loggers
+from modan_fast.monitor import Monitor
 from modan_fast.ranks import LOST, EndedElsewhere, LostRankError, Ranks, joined, lost_rank
 from modan_fast.shards import ShardSet, open_shards
 from modan_fast.step import TrainState
@@ -90,6 +91,7 @@ def _pretrain(
         check_writable(folder)
         check_labels(config, shards)
         check_ranks(config, ranks)
+        check_loggers(config.log)
         return False
 
     if ranks.decided(check):
@@ -97,29 +99,43 @@ def _pretrain(
     device = ranks.together(lambda: pick_device(config.device))
     with stop_requested() as stop, same_bits(config.deterministic, device), ExitStack() as held:
 
-        def opened() -> tuple[Loader, TrainState]:
+        def opened() -> tuple[Loader, TrainState, Monitor | None]:
             with stop.at_once():
                 loader = loader_of(config, shards, device=device, ranks=ranks, progress=progress)
                 classes, steps = len(shards.manifest.classes), len(loader)
-                return loader, TrainState(
+                state = TrainState(
                     config, classes=classes, steps=steps, device=device, resumed=resume, ranks=ranks
                 )
+                watches = ranks.first and config.monitor_every
+                return loader, state, Monitor(shards, config, device) if watches else None
 
-        loader, state = ranks.together(opened)
+        loader, state, monitor = ranks.together(opened)
         ranks.decided(lambda: held.enter_context(locked(folder, "training")))
         # Another process may have written to the folder while this one filled its store.
         if ranks.decided(is_finished):
             return folder
         if resume:
             restore(state, folder)
-        ranks.decided(lambda: begin(config, shards, loader, state, resumed=resume))
+        everyone: list[Logger] = []
+
+        def start_recording() -> None:
+            begin(config, shards, loader, state, resumed=resume)
+            libraries = library_loggers(config, state.epoch)
+            everyone.extend([JsonlLogger(folder / run.LOG), *loggers, *libraries])
+            if monitor and not resume:
+                monitor.save_views(folder / run.VIEWS)
+            for library in libraries:
+                held.callback(library.close)
+                if monitor and not resume:
+                    library.log_views(folder / run.VIEWS)
+
+        ranks.decided(start_recording)
         state.connect()
-        everyone = [JsonlLogger(folder / run.LOG), *loggers] if ranks.first else []
         checkpoints = Checkpoints(state)
         try:
             with saved_if_it_ends_early(checkpoints):
                 while state.epoch < config.epochs:
-                    train_epoch(state, loader, everyone, checkpoints, stop, progress)
+                    train_epoch(state, loader, monitor, everyone, checkpoints, stop, progress)
         except (MemoryError, RuntimeError) as error:
             if lost_rank(error):
                 raise LostRankError(f"{LOST}; {kept_in(folder)}") from error
@@ -138,6 +154,7 @@ def _pretrain(
 def train_epoch(
     state: TrainState,
     loader: Loader,
+    monitor: Monitor | None,
     loggers: Sequence[Logger],
     checkpoints: Checkpoints,
     stop: Stop,
@@ -148,7 +165,7 @@ def train_epoch(
     Raises `Stopped` after a signal, between two steps. With several ranks all call it; a signal or an error on one of
     them ends it on all.
     """
-    config, ranks, samples = state.config, state.ranks, sum(loader.store.counts)
+    config, ranks, samples = state.config, state.ranks, loader.samples
     with closing(loader.epoch(state.epoch, state.step)) as batches:
         awaited = state.clock.watch(batches)
         while not state.epoch_finished:
@@ -166,13 +183,14 @@ def train_epoch(
             assert batch is not None, "an epoch has as many batches as steps"
             state.update(batch)
     check_finite(state)
-    metrics = state.metrics(samples)
-    show(progress, state, metrics)
-    metrics |= peak_memory(state.device)
+    metrics = state.metrics(samples) | peak_memory(state.device)
     due = agreed(state, checkpoints, stop)
     epoch = state.epoch + 1
 
     def record() -> None:
+        if monitor and monitor.due(epoch):
+            metrics.update(monitor.look(state.encoder, state.model.head))
+        show(progress, state, metrics)
         for logger in loggers:
             logger.log(metrics, step=epoch)
         if epoch in config.keep:

@@ -58,7 +58,7 @@ def test_an_evaluation_of_0_1_0_is_finished_and_its_report_is_written(old):
     runs.write_text(runs.read_text().replace("/data/fixture", str(old)))
     before = auc_table(old / "results")
     settings = {"task": "task", "init": ["run", "scratch"], "repeats": 1, "epochs": 1, "image_size": 32}
-    settings |= {"batch_size": 4, "stem": "7x7", "device": "cpu"}
+    settings |= {"batch_size": 4, "stem": "7x7", "device": "cpu", "protocol": ["finetune", "probe"]}
     assert evaluate(evaluate_config(settings)) == []
     assert (old / "results" / "predictions.csv").read_bytes() == predictions
     assert auc_table(old / "results") == before

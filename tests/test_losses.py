@@ -200,7 +200,7 @@ def test_more_pairs_than_fit_are_computed_in_tiles_of_their_own_accord(monkeypat
     assert len(sizes) == 3, "these are held at once"
 
 
-@pytest.mark.parametrize("tile", [None, 1, 4])
+@pytest.mark.parametrize("tile", [None, 2])
 def test_a_compiled_loss_is_the_same_and_its_graphs_do_not_grow_with_the_tiles(tile):
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
@@ -212,10 +212,8 @@ def test_a_compiled_loss_is_the_same_and_its_graphs_do_not_grow_with_the_tiles(t
     for _ in range(2):
         found = value_and_gradient(torch.compile(loss, dynamic=False), embeddings, labels)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    graphs = (
-        1 if tile is None else 4
-    )  # before and after the tiles, totals, gradient; a smaller last tile has its own
-    assert counters["stats"]["unique_graphs"] == graphs + 2 * (tile == 4)
+    # What is before and after the tiles, totals, gradient; the smaller last tile has two of its own.
+    assert counters["stats"]["unique_graphs"] == (1 if tile is None else 6)
 
 
 def test_tiles_without_gradient_give_the_value():

@@ -224,10 +224,37 @@ def print_table(
 
 
 def print_aucs(results: Path, rows: Iterable[Any]) -> None:
-    """Print the AUC table of a results folder, with a dash for what cannot be computed."""
-    cells = []
-    for row in rows:
-        interval = "–" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
-        mean = "–" if row.mean is None else f"{row.mean:.3f}"
-        cells.append([row.task, row.recipe, row.protocol, row.init, str(row.repeats), mean, interval])
-    print_table(str(results), ["task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI"], cells)
+    """Print the AUC table of a results folder, then its few-label curves; a dash for what cannot be computed.
+
+    With several classes or labels it is the mean AUC of each against the rest.
+    """
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    def span(interval: tuple[float, float] | None) -> str:
+        return "–" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+    rows = list(rows)
+    whole = [row for row in rows if row.labels is None]
+    units = "patients" if any(row.units == "patients" for row in whole) else "images"
+    if whole:
+        cells = [
+            [
+                *(row.task, row.recipe, row.protocol, row.init, str(row.repeats), number(row.mean)),
+                *(span(row.interval), span(row.patient_interval)),
+            ]
+            for row in whole
+        ]
+        head = ["task", "recipe", "protocol", "init", "repeats", "AUC", "95 % CI, repeats", f"95 % CI, {units}"]
+        print_table(str(results), head, cells)
+    if few := [row for row in rows if row.labels is not None]:
+        cells = [
+            [
+                *(row.task, row.recipe, row.protocol.partition(":")[0], row.init, str(row.labels)),
+                *(str(row.repeats), number(row.mean), number(row.spread)),
+            ]
+            for row in few
+        ]
+        head = ["task", "recipe", "protocol", "init", "labels a class", "tries", "AUC", "SD"]
+        print_table(f"{results}, few labels", head, cells)

@@ -13,10 +13,10 @@ from typing import Any
 from modan_fast.config import ReportConfig
 from modan_fast.downstream import leaks
 from modan_fast.downstream.convergence import Convergence, read_convergence
-from modan_fast.downstream.predictions import read_finished
+from modan_fast.downstream.predictions import Predictions, read_finished
 from modan_fast.downstream.results import Results, own_file, own_folder
 from modan_fast.downstream.statistics import Row, SubgroupRow, comparisons, subgroup_rows, summaries
-from modan_fast.downstream.subgroups import read_images
+from modan_fast.downstream.subgroups import Images, read_images
 from modan_fast.folder import check_writable, write_text
 from modan_fast.report import paper, tables
 from modan_fast.report.formats import Table, shown, to_files, to_html
@@ -91,16 +91,9 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
     images = read_images(results)
     converged = read_convergence(results)
     rows, groups = summaries(predictions, images), subgroup_rows(predictions, images)
-    compared = comparisons(predictions, reference, images)
     whole = [row for row in rows if row.labels is None]
-    # The paper's tables, of tasks of two classes.
-    binary = [row for row in whole if row.protocol in paper.TABLES and len(row.class_aucs) < 2]
-    main = [
-        tables.paper_table(recipe, protocol, binary, compared, methods)
-        for recipe, protocol in sorted({(row.recipe, row.protocol) for row in binary})
-    ]
+    main, behind = _tables(predictions, rows, reference, methods, images)
     times = tables.time_table(runs["times"], logs)
-    behind = [tables.summary_table(rows), tables.comparison_table(compared)]
     few = [tables.few_label_table(rows)] if len(whole) < len(rows) else []
     late = [tables.convergence_table(converged)] if converged else []
     files_only = [tables.all_subgroups(groups)] if groups else []
@@ -163,6 +156,23 @@ def write_report(results: Path, config: ReportConfig, progress: Progress = no_pr
         ),
     )
     return page
+
+
+def _tables(
+    predictions: Predictions,
+    rows: Sequence[Row],
+    reference: str,
+    methods: Mapping[str, str | None],
+    images: Mapping[str, Images] | None = None,
+) -> tuple[list[Table], list[Table]]:
+    """Tables 4 and 5 of each recipe, of tasks of two classes, and the tables of statistics behind them."""
+    compared = comparisons(predictions, reference, images)
+    binary = [row for row in rows if row.protocol in paper.TABLES and len(row.class_aucs) < 2]
+    main = [
+        tables.paper_table(recipe, protocol, binary, compared, methods)
+        for recipe, protocol in sorted({(row.recipe, row.protocol) for row in binary})
+    ]
+    return main, [tables.summary_table(rows), tables.comparison_table(compared)]
 
 
 def _task_tables(

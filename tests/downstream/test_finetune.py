@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from modan_fast.config import EvaluateConfig, Protocol
 from modan_fast.downstream.finetune import TaskNetwork, task_network, train
 from modan_fast.downstream.labels import cells_of
-from modan_fast.downstream.tasks import FoldRun, Task, decode, read_task
+from modan_fast.downstream.tasks import FoldRun, Kind, Task, decode, read_task
 from modan_fast.encoders import Architecture, Encoder
 from modan_fast.recipes import evaluate_config
 from modan_fast.step import batches
@@ -126,3 +127,30 @@ def test_released_codes_probe_trains_the_head_and_moves_only_batch_norm_statisti
     start = encoder_state()
     moved = {key for key, value in probed.network[0].weights.items() if not torch.equal(value, start[key])}
     assert moved == {key for key in start if "running" in key or "num_batches" in key}
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_several_classes_and_labels_are_learnt_by_a_head_with_an_output_for_each(task: Task, kind: Kind) -> None:
+    chance = np.random.default_rng(0)
+    labels = np.arange(43) % 3 if kind == "multiclass" else chance.integers(0, 2, (43, 3))
+    shown = np.eye(3, dtype=int)[labels] if kind == "multiclass" else labels
+    pixels = chance.integers(0, 60, (43, 3, 32, 32))
+    pixels += 150 * shown[:, :, None, None]  # the classes are colours
+    task = replace(task, kind=kind, labels=labels, classes=("a", "b", "c"))
+    network = task_network(Architecture(stem="7x7", channels=3), "finetune", CPU, outputs=3)
+    torch.manual_seed(3)
+    weights = Encoder(Architecture(stem="7x7", channels=3)).weights
+    [cell] = cells_of(task, [FoldRun(1, 1)], 0)
+    tuned = torch.from_numpy(pixels.astype(np.uint8))
+    scores, losses = train(network, weights, tuned, task, cell, config(epochs=12, lr=1e-3), torch.float32)
+    assert scores.shape == (len(cell.fold.test), 3)
+    with torch.no_grad():
+        logits = network.network.eval()(tuned[cell.fold.val].float() / 255)
+    truth = torch.from_numpy(labels[cell.fold.val])
+    if kind == "multiclass":
+        assert (scores.argmax(1).numpy() == labels[cell.fold.test]).mean() > 0.8
+        loss = nn.functional.cross_entropy(logits, truth).item()
+    else:
+        assert ((scores > 0.5).numpy() == labels[cell.fold.test]).mean() > 0.8
+        loss = nn.functional.binary_cross_entropy(logits.sigmoid(), truth.float()).item()
+    assert loss == pytest.approx(losses.min().item(), rel=1e-3)

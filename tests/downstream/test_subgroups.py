@@ -85,7 +85,7 @@ def test_a_subgroup_without_both_classes_has_dashes_and_images_without_a_value_a
 
 
 def test_several_classes_are_counted_each_and_few_labels_have_no_subgroups() -> None:
-    site = {name: "north" for name in NAMES}
+    site = dict.fromkeys(NAMES, "north")
     row = subgroup_rows(predictions(classes=4), images(site))[0]
     assert row.counts == (10, 10, 10, 10)
     assert subgroup_rows(predictions("logistic:5"), images(site)) == []

@@ -39,7 +39,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(results: Path) -> None
         "at least 0.5",
     ):
         assert wanted in text
-    assert text.count("<img ") == len(list((results / "figures").iterdir())) == 2
+    assert text.count("<img ") == len(list((results / "figures").iterdir())) == 4
     assert {path.suffix for path in (results / "tables").iterdir()} == {".md", ".csv", ".tex"}
 
 
@@ -99,7 +99,9 @@ def test_predictions_alone_make_tables_and_roc_curves(results: Path, shards: Pat
     text = write_report(results, ReportConfig(shards=shards, samples=20)).read_text()
     assert "0.000977" in text
     assert "No UMAP" in text
-    assert [path.name for path in (results / "figures").iterdir()] == ["roc-breast-paper.svg"]
+    assert sorted(path.name for path in (results / "figures").iterdir()) == [
+        *("calibration-breast-paper.svg", "forest.svg", "roc-breast-paper.svg")
+    ]
 
 
 def test_the_page_states_that_unfinished_repeats_are_left_out(results: Path) -> None:
@@ -163,4 +165,4 @@ def test_the_page_opens_in_a_browser_without_an_error_and_fits_its_width(
     )
     assert "CONSOLE" not in shown.stderr
     assert f'data-widths="{width} {width}"' in shown.stdout
-    assert 'data-images="2"' in shown.stdout
+    assert 'data-images="4"' in shown.stdout
