@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modan_fast.config import EvaluateConfig
 from modan_fast.devices import pick_device
+from modan_fast.downstream.labels import cells_of
 from modan_fast.downstream.probe import train_heads
 from modan_fast.downstream.tasks import Fold, FoldRun, Task
 from modan_fast.encoders import Encoder
@@ -59,15 +60,16 @@ def main() -> None:
     task = task_of(arguments.images)
     config = EvaluateConfig(init=("scratch",), epochs=arguments.epochs).resolved()
     fold_runs = [FoldRun(repeat, fold) for repeat in range(1, arguments.repeats + 1) for fold in range(1, 6)]
+    cells = cells_of(task, fold_runs, config.seed)
     shape = (arguments.images, Encoder().num_features)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     features = (noise + 0.1 * torch.from_numpy(task.labels)[:, None]).to(device)
 
     def together() -> Tensor:
-        return train_heads(features, task, fold_runs, config)[0]
+        return train_heads(features, task, cells, config).scores
 
     def one_by_one() -> Tensor:
-        return torch.cat([train_heads(features, task, [fold_run], config)[0] for fold_run in fold_runs])
+        return torch.cat([train_heads(features, task, [cell], config).scores for cell in cells])
 
     scores, alone = together(), one_by_one()
     torch.testing.assert_close(scores, alone, rtol=0, atol=1e-6)

@@ -217,7 +217,7 @@ def main() -> None:
             f"sample in the tar, in the page cache; batches of {batch_size}; the loader makes two views of each image. "
             "All ways give the same batches. `before`: one shard ahead, images decoded by DALI.",
             *(
-                f"Memory that an epoch adds, {way}: {small:.0f} MiB; {large:.0f} MiB with a set {LARGER} times as large."
+                f"An epoch adds, {way}: {small:.0f} MiB; {large:.0f} MiB with {LARGER} times as many samples."
                 for way, (small, large) in peaks.items()
             ),
             f"Bytes read in an epoch: {alone[0]:,} by one rank; {two[0]:,} and {two[1]:,} by two, which is "

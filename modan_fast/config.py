@@ -196,7 +196,7 @@ class PretrainConfig:
     )
     shuffle_window: int = option(
         16_384,
-        "Images that are shuffled together; a stream holds up to as many encoded images in memory.",
+        "Images that are shuffled together; of a set behind a URL as many wait in memory, encoded.",
         least=1,
     )
     threads: int | None = option(
@@ -208,8 +208,8 @@ class PretrainConfig:
     )
     micro_batch: int | None = option(
         None,
-        "Images that are computed at a time, on all ranks together, to save memory; the loss is still that of the whole batch. Takes about a "
-        "third more time; batch-norm sees a micro-batch.",
+        "Images that are computed at a time, on all ranks together, to save memory; the loss is still that of the "
+        "whole batch. Takes about a third more time; batch-norm sees a micro-batch.",
         least=2,
         why="batch-norm needs two images",
     )

@@ -22,9 +22,8 @@ FLOW = [
     "store",
     "augment",
     "render",
-    "monitor",
 ]
-FLOW += ["loader", "tiles", "losses", "batch_norm", "weights", "encoders", "pretrained", "folder"]
+FLOW += ["loader", "monitor", "tiles", "losses", "batch_norm", "weights", "encoders", "pretrained", "folder"]
 FLOW += ["run", "metrics", "step", "trainer", "profile", "downstream"]
 FLOW += ["report", "export", "embeddings", "api", "phantom", "demo"]
 SCREEN = {"cli", "__main__"}

@@ -292,7 +292,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(refused, monkey
 
     monkeypatch.setattr("torch.save", full)
     assert "No space left on device" in refused("pretrain", "--shards", shards, "--out", tmp_path / "run", *SMALL)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("config.json", "log.jsonl", "tensorboard", "views.png")
+    ]
 
 
 def test_debug_shows_where_an_error_arose(monkeypatch, tmp_path):

@@ -118,7 +118,7 @@ def test_the_run_folder_tells_how_it_came_about(finished, shards):
     assert written["shards"]["samples"] == 48
     torch.load(finished / "checkpoint.pt", weights_only=True)
     assert sorted(path.name for path in finished.iterdir()) == sorted(
-        ["config.json", "log.jsonl", "checkpoint.pt", "encoder.safetensors"]
+        ["config.json", "log.jsonl", "checkpoint.pt", "encoder.safetensors", "tensorboard", "views.png"]
     )
 
 

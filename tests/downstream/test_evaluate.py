@@ -30,7 +30,12 @@ MakeRun = Callable[..., Path]
 
 def settings(task: Path, **values: object) -> EvaluateConfig:
     small = {"repeats": 1, "epochs": 1, "batch_size": 16, "image_size": 32, "stem": "7x7", "device": "cpu"}
-    default = {"task": task, "init": ("scratch",), "out": task.parent / "results", "protocol": ("finetune", "probe")}
+    default = {
+        "task": task,
+        "init": ("scratch",),
+        "out": task.parent / "results",
+        "protocol": ("finetune", "probe"),
+    }
     return evaluate_config({**default, **small, **values})
 
 

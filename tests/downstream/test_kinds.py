@@ -110,11 +110,10 @@ def test_all_protocols_judge_a_task_of_several_classes_or_labels_and_continue_to
 ) -> None:
     init = (str(make_run("run")), "scratch")
     task = three_classes if kind == "multiclass" else two_labels
-    config = settings(
-        task, init=init, labels=(2,), protocol=("probe", "logistic", "knn"), color=kind == "multiclass"
-    )
+    protocols = ("probe", "logistic", "knn")
+    config = settings(task, init=init, labels=(2,), tries=1, protocol=protocols, color=kind == "multiclass")
     trained = evaluate(config)
-    names = [f"{name}{few}" for name in ("probe", "logistic", "knn") for few in ("", ":2")]
+    names = [f"{name}{few}" for name in protocols for few in ("", ":2")]
     assert list(dict.fromkeys(experiment.protocol for experiment, _ in trained)) == names
     counts = {(experiment.init, experiment.protocol): 0 for experiment, _ in trained}
     for experiment, _ in trained:

@@ -31,7 +31,7 @@ def halves(folder):
             "results",
             {"4k": "results/folds/task", "64k": "results/", "68k": "results/", "72k": "results/runs.json"},
         ),
-        ("report", {"4k": "report/tables/", "90k": "report/figures/", "200k": "report/report.html"}),
+        ("report", {"4k": "report/tables/", "90k": "report/figures/", "400k": "report/report.html"}),
     ],
 )
 def test_a_full_disk_is_named_in_one_line_and_with_room_the_same_command_goes_on(

@@ -72,6 +72,8 @@ def command(shards, tmp_path):
         "torch",
         "--shuffle-window",
         "1",
+        "--monitor-every",  # it reads shards, too
+        "0",
     )
     small = (
         "--batch-size",
@@ -100,7 +102,10 @@ def test_a_server_lost_in_mid_epoch_costs_no_finished_step(
     command, start, succeed, fail, shards, undisturbed, tmp_path, fault
 ):
     server = Server(shards, fault)
-    hurried = "import modan_fast.remote; modan_fast.remote.PAUSES = (0.05,)"
+    hurried = "import modan_fast.remote; modan_fast.remote.PAUSES = (0.05,); "
+    hurried += (
+        "import modan_fast.stream; modan_fast.stream.IN_FLIGHT = 1"  # so that the last shard is the one lost
+    )
     try:
         line = start(*command("run", "--shards", server.url), first=hurried).fails()
         assert f"{server.url}/shard-00000" in line

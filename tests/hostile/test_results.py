@@ -17,10 +17,18 @@ import pytest
 
 from modan_fast.config import ReportConfig, to_json
 from modan_fast.downstream.evaluate import evaluate
-from modan_fast.downstream.predictions import read_finished
-from modan_fast.downstream.results import COLUMNS, CURVE_COLUMNS, Experiment, Results, recorded_settings
+from modan_fast.downstream.predictions import read_finished, read_predictions
+from modan_fast.downstream.results import (
+    CHOICE_COLUMNS,
+    COLUMNS,
+    CONVERGENCE_COLUMNS,
+    CURVE_COLUMNS,
+    Experiment,
+    Results,
+    recorded_settings,
+)
 from modan_fast.downstream.statistics import summaries
-from modan_fast.downstream.tasks import Fold, FoldRun, Task
+from modan_fast.downstream.tasks import Fold, Task
 from modan_fast.recipes import evaluate_config
 from modan_fast.report import embed, figures, page, page_figures, tables
 from modan_fast.report.formats import Table, file_name, to_csv, to_files, to_html, to_latex, to_markdown
@@ -239,7 +247,8 @@ def continue_evaluation(folder: Path) -> None:
     results.admit("paper", SETTINGS, TASK, INITS)
     results.finished()
     experiment = Experiment("breast", "scratch", "paper", "probe")
-    results.add_time(experiment, TASK, [FoldRun(1, 1)], 1, 1.0, "CPU")
+    results.list_images(TASK)
+    results.add_time(experiment, 1, 4, 1, 1.0, "CPU")
 
 
 def read_for_report(folder: Path) -> None:
@@ -317,6 +326,148 @@ def test_no_curves_do_harm(survives, every: int) -> None:
     assert refused > 1000 / every
 
 
+def of_several(kind: str) -> bytes:
+    """A predictions.csv of three classes, or of three labels, by few labels, too."""
+    chance = np.random.default_rng(0)
+    rows = [",".join(COLUMNS)]
+    for protocol in ("logistic", "knn:5"):
+        for fold in (1, 2):
+            for image in range(4):
+                scores = " ".join(map(str, chance.dirichlet([1, 1, 1]).astype(np.float32)))
+                label = str(image % 3) if kind == "multiclass" else f"{image % 2} {image // 2 % 2} 1"
+                rows.append(f"breast,scratch,paper,{protocol},1,{fold},{image}.png,{label},{scores}")
+    return ("\n".join(rows) + "\n").encode()
+
+
+def several_hostile(whole: bytes) -> Iterator[bytes]:
+    """Files with other numbers of labels and scores, and others than numbers."""
+    lines = whole.decode().splitlines()
+    cells = [
+        "",
+        " ",
+        "0",
+        "1",
+        "0 1",
+        "0 0 1",
+        "0 1 0 1",
+        "0  1 0",
+        " 0 1 0",
+        "0 1 0 ",
+        "3",
+        "-1",
+        "00",
+        "²",
+        "１",
+        "1e0",
+    ]
+    cells += [
+        "2 0 0",
+        "0.5 0.5 0.5",
+        "nan nan nan",
+        "nan 0.5 0.5",
+        "inf 0 0",
+        "-0.1 0.6 0.5",
+        "1.1 0 0",
+        "1e400 0 0",
+    ]
+    cells += [
+        "0x1 0 0",
+        "a b c",
+        "0,5 0 0",
+        "0\t0\t1",
+        "9" * 400,
+        " ".join(["0"] * 10_000),
+        "0 " * 30_000,
+        "\0 \0 \0",
+    ]
+    for row in (1, 8, 16):
+        for column in (7, 8):
+            for cell in cells:
+                changed = lines[row].split(",")
+                changed[column] = cell
+                yield "\n".join([*lines[:row], ",".join(changed), *lines[row + 1 :], ""]).encode()
+    for name in (
+        "knn:",
+        "knn:0",
+        "knn:05",
+        "knn:-1",
+        "knn:5:5",
+        "knn:" + "9" * 5000,
+        "knn: 5",
+        "KNN:5",
+        ":5",
+        "knn:²",
+        "x:5",
+    ):
+        yield whole.replace(b"knn:5", name.encode())
+    chance = random.Random(1)
+    for _ in range(850):
+        yield mutated(whole, chance)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_no_predictions_of_several_classes_or_labels_do_harm(survives, kind: str) -> None:
+    cases = list(several_hostile(of_several(kind)))
+    assert len(cases) >= 1000
+
+    def use(folder: Path) -> None:
+        for fold_runs in read_predictions(folder / "predictions.csv").values():
+            for outcome in fold_runs.values():
+                assert len(outcome.labels) == len(outcome.scores) == len(outcome.images)
+                assert outcome.scores.ndim == 1 or np.isnan(outcome.scores).any() or (outcome.scores <= 1).all()
+
+    accepted, refused = survives(cases, lambda case, folder: write_all(folder, "predictions.csv", case), use)
+    print(f"predictions.csv, {kind}: {accepted} accepted, {refused} refused")
+    assert accepted > 50
+    assert refused > 500
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (",0,0.", ",0 1,0."),  # another number of labels
+        (",0,", ",3,"),  # no class
+        (",0,0.", ",0,1.0 0."),  # another number of scores
+        (",0,0.", ",0,-0."),
+        (",0,0.", ",0,7."),
+    ],
+)
+def test_a_line_with_other_labels_or_scores_is_named(tmp_path: Path, old: str, new: str) -> None:
+    text = of_several("multiclass").decode()
+    at = text.index(old, text.index("2.png"))
+    (tmp_path / "predictions.csv").write_text(text[:at] + new + text[at + len(old) :])
+    with pytest.raises(
+        InputError, match=r"predictions\.csv, line 5: damaged; the same evaluation again repairs it"
+    ):
+        read_predictions(tmp_path / "predictions.csv")
+
+
+@pytest.mark.parametrize("name", ["convergence.csv", "chosen.csv", "breast-images.csv"])
+def test_no_file_beside_the_predictions_does_harm(survives, name: str) -> None:
+    columns = {"convergence.csv": CONVERGENCE_COLUMNS, "chosen.csv": CHOICE_COLUMNS}.get(name)
+    key = ("breast", "scratch", "paper", "probe")
+    if columns is None:
+        rows = [
+            ("image", "patient", "sex"),
+            *((f"{image}.png", f"p{image // 2}", "FM"[image % 2]) for image in range(8)),
+        ]
+    else:
+        rows = [columns]
+        rows += [(*key, repeat, fold, *[0.5] * (len(columns) - 6)) for repeat in (1, 2) for fold in (1, 2)]
+    whole = "".join(",".join(map(str, row)) + "\n" for row in rows).encode()
+    chance = random.Random(2)
+    cases = [whole, b"", b"\0" * 100, b"\xff\xfe", *(mutated(whole, chance) for _ in range(400))]
+
+    def write(case: bytes, folder: Path) -> None:
+        write_all(folder, "", b"")
+        (folder / name).write_bytes(case)
+
+    accepted, refused = survives(cases, write, continue_evaluation)
+    print(f"{name}: {accepted} accepted, {refused} refused")
+    assert accepted > 10
+    assert refused > 100 or columns is None  # a list of images is written anew
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "results").mkdir()
@@ -380,7 +531,9 @@ def test_a_figure_that_is_a_link_is_replaced(folder: Path, tmp_path: Path) -> No
     assert not (folder / "figures" / "roc-breast-paper.svg").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", "curves.csv", "runs.json", "folds", "folds/task"])
+@pytest.mark.parametrize(
+    "name", ["predictions.csv", "curves.csv", "convergence.csv", "chosen.csv", "runs.json", "folds", "folds/task"]
+)
 def test_an_evaluation_writes_through_no_link(folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "elsewhere").write_text("mine")
     (folder / name).unlink(missing_ok=True)

@@ -574,7 +574,7 @@ NO_FILES += [
 ]
 
 
-@pytest.mark.parametrize("make", NO_FILES, ids=str)
+@pytest.mark.parametrize("make", NO_FILES, ids=lambda make: make.__qualname__)
 @pytest.mark.parametrize("name", ["manifest.json", "shard-000000.idx", "shard-000000.tar"])
 def test_a_pipe_a_device_or_a_circle_in_a_set_is_refused_at_once(whole, survives, name, make):
     if name == "shard-000000.idx" and make is NO_FILES[-3]:
