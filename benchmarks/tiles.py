@@ -52,7 +52,7 @@ def measure(way: str, images: int, dimensions: int, steps: int, device: torch.de
     name = "peak_gpu_gib" if device.type == "cuda" else "peak_host_gib"
     before = peak_memory(device)[name]
     values: list[float] = []
-    seconds = timed(lambda: values.append(step(images)), device, times=steps)
+    seconds = timed(lambda: values.append(step(images)), device, times=steps, warm_up=1)
     mib = 1024 * (peak_memory(device)[name] - before)
     print(json.dumps({"mib": mib, "ms": [1e3 * each for each in seconds], "value": values[-1]}))
 
@@ -94,7 +94,8 @@ def main() -> None:
     notes.insert(
         0,
         f"Forward and backward of MulSupCon, {arguments.dimensions} dimensions, 12 label bits, float32; each image has "
-        "two views. Both ways give the same value, to float32's rounding.",
+        "two views. Both ways give the same value, to float32's rounding. "
+        f"{torch.get_num_threads()} of torch's threads on the CPU.",
     )
     results = [("memory", "MiB over the process before its first step", measured), ("time", "ms a step", times)]
     for what, unit, figures in results:

@@ -62,9 +62,9 @@ def pretrain(
 def evaluate(*, progress: Progress = no_progress, **settings: Any) -> list[Row]:
     """Judge encoders on a downstream task; return a row for each task, recipe, protocol and init in the results folder.
 
-    `settings` are the fields of `modan_fast.config.EvaluateConfig`, such as `task="/data/breast"` and
-    `init=["runs/mulsupcon", "scratch"]`. If it is stopped, the same call continues. Raises `InputError` for bad input
-    and settings.
+    `settings` are the fields of `modan_fast.config.EvaluateConfig`, such as `task="/data/breast"`,
+    `init=["runs/mulsupcon", "scratch"]`, `protocol=["logistic"]` and `labels=[1, 5, 10]`. If it is stopped, the same
+    call continues. Raises `InputError` for bad input and settings.
     """
     from modan_fast.downstream import evaluate as downstream
     from modan_fast.downstream.statistics import auc_table

@@ -284,8 +284,10 @@ def print_profile(settings: PretrainConfig) -> None:
 def evaluate(given: dict[str, Any]) -> None:
     """Judge encoders on a downstream task.
 
-    Fine-tunes and probes them, and prints their AUCs. The task is a folder of images with the fold files that
-    RadImageNet publishes, or of two class folders. If it is stopped, the same command continues where it was.
+    Fine-tunes them, probes them as the paper does, and judges their features by logistic regression and nearest
+    neighbours; prints AUCs. The task has two or more classes, or several labels, in one of many layouts: fold files or
+    one split as RadImageNet publishes them, class folders, a CSV file, a file of MedMNIST. If it is stopped, the same
+    command continues where it was.
     """
     from modan_fast.downstream.evaluate import evaluate as judge
     from modan_fast.downstream.statistics import auc_table
