@@ -79,7 +79,7 @@ def test_errors_of_library_calls_name_arguments(shards, tmp_path):
         (lambda: modan_fast.pretrain(bach_size=8), "unknown setting `bach_size`: did you mean `batch_size`"),
         (lambda: modan_fast.pretrain(epochs="ten"), "`epochs` must be an integer, got 'ten'"),
         (lambda: modan_fast.pretrain(stem="5x5"), "`stem` must be one of 3x3, 7x7, got '5x5'"),
-        (lambda: modan_fast.evaluate(init=["scratch"], protocol=["knn"]), "`protocol` must be one of finetune"),
+        (lambda: modan_fast.evaluate(init=["scratch"], protocol=["svm"]), "`protocol` must be one of finetune"),
         (lambda: modan_fast.build_shards(tmp_path, codec="tiff"), "`codec` must be one of png, jpeg, raw"),
         (lambda: modan_fast.write_report(tmp_path, device="tpu"), "`device` must be one of auto, cpu, cuda"),
     ]:

@@ -26,7 +26,7 @@ def test_the_demo_leaves_every_part_and_continues_where_it_was(tmp_path, monkeyp
         assert path.exists(), path
     assert finished_epochs(made.run) == 1
     assert {(row.init, row.protocol) for row in auc_table(made.results)} == {
-        (init, protocol) for init in ("run", "scratch") for protocol in ("finetune", "probe")
+        (init, protocol) for init in ("run", "scratch") for protocol in ("finetune", "probe", "logistic", "knn")
     }
     for picture in (made.contact_sheet, made.embedding):
         assert min(Image.open(picture).size) > 300

@@ -255,8 +255,8 @@ def contents():
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """The files below a folder, by name."""
-    files = sorted(each for each in folder.rglob("*") if each.is_file())
+    """The files below a folder, by name, without events for TensorBoard: each process has a file of its own."""
+    files = sorted(each for each in folder.rglob("*") if each.is_file() and each.parent.name != "tensorboard")
     return {os.fsdecode(each.relative_to(folder)): each.read_bytes() for each in files}
 
 
@@ -275,7 +275,7 @@ def same(made):
 
 
 def _log(content: bytes) -> list[dict]:
-    timed = ("seconds", "views_per_second", "wait_share", "peak_host_gib")
+    timed = ("seconds", "views_per_second", "wait_share", "peak_host_gib", "monitor/seconds")
     lines = [json.loads(line) for line in content.splitlines()]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 

@@ -29,7 +29,7 @@ def halves(folder):
         ("shards", {"4k": ".shards.building/spool-", "24k": "shard-000000.tar", "116k": ".shards.building/"}),
         (
             "results",
-            {"4k": "results/folds/task", "64k": "results/", "68k": "results/", "72k": "results/runs.json"},
+            {"4k": "results/folds/task", "64k": "results/", "68k": "results/", "72k": "results/"},
         ),
         ("report", {"4k": "report/tables/", "90k": "report/figures/", "400k": "report/report.html"}),
     ],
