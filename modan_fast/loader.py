@@ -111,7 +111,7 @@ class Loader:
     def counts(self, step: int) -> tuple[int, ...]:
         """The number of images that each rank has in a step of an epoch."""
         images = min(self.batch_size, self.samples - step * self.batch_size)
-        return tuple(len(range(rank, images, self.world_size)) for rank in range(self.world_size))
+        return tuple(Ranks(size=self.world_size).shares(images))
 
     def parameters(self, epoch: int, ids: Ids) -> ViewParameters:
         """The parameters of all views of a batch: the first views of all images, then the second."""

@@ -216,7 +216,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     else:
         # torchrun leaves a process one thread if nobody says otherwise.
-        torch.set_num_threads(max(1, usable_cores() // local_size))
+        torch.set_num_threads(Ranks(local_size=local_size).cores)
     begun_here, attempts = not dist.is_initialized(), 1
     if begun_here:
         found = next(iter(dist.rendezvous("env://")))[0]

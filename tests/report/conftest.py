@@ -3,12 +3,52 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from modan_fast.downstream.results import COLUMNS, CONVERGENCE_COLUMNS, CURVE_COLUMNS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PROBE = """<!doctype html><meta charset="utf-8"><body><iframe style="width:{width}px;height:900px;border:0"
+srcdoc="{page}"></iframe><script>
+document.querySelector("iframe").onload = event => {{
+  const root = event.target.contentDocument.documentElement;
+  document.body.setAttribute("data-widths", root.clientWidth + " " + root.scrollWidth);
+  const images = [...event.target.contentDocument.images];
+  document.body.setAttribute("data-images", images.filter(image => image.naturalWidth > 0).length);
+}};
+</script></body>"""
+
+
+@pytest.fixture
+def in_browser(tmp_path: Path) -> Callable[[str, int], subprocess.CompletedProcess[str]]:
+    """A function that opens a page at a width, and returns what the browser makes of it and says; skips without one."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+
+    def in_browser(text: str, width: int) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "probe.html").write_text(PROBE.format(width=width, page=escape(text)))
+        command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+        command += [
+            "--enable-logging=stderr",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1400,1000",
+        ]
+        return subprocess.run(
+            [*command, (tmp_path / "probe.html").as_uri()],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+
+    return in_browser
 
 
 @pytest.fixture

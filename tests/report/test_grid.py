@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 from html import escape
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from modan_fast.downstream.predictions import read_finished
 from modan_fast.downstream.statistics import summaries
 from modan_fast.downstream.subgroups import read_images
 from modan_fast.report.page import write_report
-
-from .test_page import CHROMIUM, PROBE
 
 TASKS = ("breast", "kidney", "hemorrhage")
 
@@ -129,17 +126,10 @@ def test_a_task_with_tags_in_its_name_cannot_break_the_page(grid: Path, tmp_path
     assert f"<h2>Task {escape(evil)}</h2>" in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_of_everything_fits_the_width_of_a_browser(site: Path, tmp_path: Path, width: int) -> None:
-    assert CHROMIUM is not None
+def test_the_page_of_everything_fits_the_width_of_a_browser(site: Path, in_browser, width: int) -> None:
     text = (site / "report.html").read_text()
-    (tmp_path / "probe.html").write_text(PROBE.format(width=width, page=escape(text)))
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000"]
-    shown = subprocess.run(
-        [*command, (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, check=True, timeout=120
-    )
+    shown = in_browser(text, width)
     assert "CONSOLE" not in shown.stderr
     assert f'data-widths="{width} {width}"' in shown.stdout
     assert f'data-images="{text.count("<img ")}"' in shown.stdout

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -15,7 +13,6 @@ from modan_fast.config import ReportConfig
 from modan_fast.report.page import write_report
 from shard_builder.settings import InputError
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PLAIN = ReportConfig(samples=0)
 
 
@@ -139,30 +136,12 @@ def test_the_page_states_the_leaks_that_the_evaluation_listed(results: Path) -> 
     )
 
 
-PROBE = """<!doctype html><meta charset="utf-8"><body><iframe style="width:{width}px;height:900px;border:0"
-srcdoc="{page}"></iframe><script>
-document.querySelector("iframe").onload = event => {{
-  const root = event.target.contentDocument.documentElement;
-  document.body.setAttribute("data-widths", root.clientWidth + " " + root.scrollWidth);
-  const images = [...event.target.contentDocument.images];
-  document.body.setAttribute("data-images", images.filter(image => image.naturalWidth > 0).length);
-}};
-</script></body>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_opens_in_a_browser_without_an_error_and_fits_its_width(
-    results: Path, tmp_path: Path, width: int
+    results: Path, in_browser, width: int
 ) -> None:
-    assert CHROMIUM is not None
     text = write_report(results, PLAIN).read_text()
-    (tmp_path / "probe.html").write_text(PROBE.format(width=width, page=escape(text)))
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000"]
-    shown = subprocess.run(
-        [*command, (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, check=True, timeout=120
-    )
+    shown = in_browser(text, width)
     assert "CONSOLE" not in shown.stderr
     assert f'data-widths="{width} {width}"' in shown.stdout
     assert 'data-images="4"' in shown.stdout
